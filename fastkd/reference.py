@@ -1,0 +1,94 @@
+"""The oracle: any divergence and any teacher signal in plain torch, with full logits and autograd.
+
+Slow and large on purpose. In float64 it is what every other path is judged against; it shares with them the parameters' names and
+defaults, and no formula.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastkd_kernels.divergences import DEFINITIONS
+
+from .signals import Signal, TeacherHidden, TeacherLogits
+
+__all__ = ["divergence_per_token", "final_logits", "reference_linear_kd"]
+
+
+def final_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, scale=1.0) -> Tensor:
+    """``softcap(scale * (hidden @ weight.T + bias))``, shape ``[..., V]``, in the dtype of ``hidden``."""
+    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def divergence_per_token(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: str = "forward_kl",
+    parameters: Mapping[str, float] | None = None,
+    temperature: float = 1.0,
+    statistic: Tensor | None = None,
+) -> Tensor:
+    """The divergence of each token in nats, from final logits ``[..., V_s]`` and ``[..., V_t]``, over the shared vocabulary.
+
+    ``statistic`` freezes the row statistic of adaptive_kl (``[..., 1]``), which is otherwise computed here and detached.
+    """
+    definition = DEFINITIONS[divergence]
+    given = dict(parameters or {})
+    values = tuple(float(given.get(p.name, p.default)) for p in definition.parameters)
+    definition = definition.at(values)
+    a, b = ((*values, 0.0, 0.0))[:2]
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    lq = torch.log_softmax(student_logits[..., :shared] / temperature, -1)
+    lp = torch.log_softmax(teacher_logits[..., :shared].detach() / temperature, -1)
+    if definition.statistic is not None and statistic is None:
+        statistic = definition.statistic(lp, lq, a)
+    return definition.reference(lp, lq, a, b, statistic).sum(-1)
+
+
+def reference_linear_kd(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Signal,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    parameters: Mapping[str, float] | None = None,
+    temperature: float = 1.0,
+    temperature_squared: bool = True,
+    kd_ratio: float = 1.0,
+    token_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    student_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    student_scale: float = 1.0,
+    ignore_index: int = -100,
+    statistic: Tensor | None = None,
+) -> Tensor:
+    """`fastkd.fused_linear_kd` written out. Same arguments, ``parameters`` apart; returns the loss, a 0-d tensor."""
+    student = final_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
+    weight = student.new_ones(student.shape[:-1]) if token_weight is None else token_weight.to(student.dtype)
+    if labels is not None:
+        weight = weight.masked_fill(labels == ignore_index, 0.0)
+    counted = weight > 0
+    if not counted.any():
+        return student.sum() * 0.0
+    per_token = student.new_zeros(())
+    if kd_ratio > 0:
+        match teacher:
+            case TeacherHidden(hidden, w, bias, softcap, scale):
+                teacher_logits = final_logits(hidden, w, bias, softcap, scale)
+            case TeacherLogits(logits):
+                teacher_logits = logits
+            case _:
+                raise TypeError(f"teacher: expected TeacherHidden or TeacherLogits, got {type(teacher).__name__}")
+        kd = divergence_per_token(student, teacher_logits, divergence, parameters, temperature, statistic)
+        per_token = per_token + kd_ratio * (temperature**2 if temperature_squared else 1.0) * kd
+    if kd_ratio < 1:
+        assert labels is not None
+        target = labels.masked_fill(~counted, 0)
+        ce = -torch.log_softmax(student, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        per_token = per_token + (1 - kd_ratio) * ce
+    total = (weight * per_token)[counted].sum()
+    return total / (weight.sum() if normalizer is None else normalizer)

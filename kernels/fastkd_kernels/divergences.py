@@ -1,0 +1,333 @@
+"""The divergences, each defined once.
+
+A divergence between a teacher's distribution p and a student's q is a sum over the vocabulary, ``D = sum_v g(log p_v, log q_v)``.
+With ``h = dg / dlog q`` and ``log q = log_softmax(z)``, its gradient is ``dD/dz = h - q * sum(h)``. So one *tile function* that
+returns ``(g, h)`` is all that any path needs. It is written in Triton's language and also runs as plain torch: the row kernel
+receives it as a constant, the torch implementation calls the same source on torch tensors.
+
+``g`` may differ from the textbook integrand by a multiple of ``q - p``, whose sum over the vocabulary is 0. The KLs use
+``p * log(p / q) - p + q``, which is >= 0 element by element: rounding errors of the normalisers then enter the value in second order
+only, and a KL of nearly equal distributions is accurate and not negative.
+
+To add a divergence: write its tile function and its reference ``g`` here, add a `Definition`, and a row to the table in
+``tests/divergence_cases.py`` (a test fails when the row is missing).
+"""
+
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the torch path needs no Triton
+    triton = None
+    tl = None
+
+__all__ = ["DEFINITIONS", "Definition", "Parameter"]
+
+# Masses are compared with adaptive_kl's mu up to this: without it, rounding would decide whether a token that fills mu exactly
+# is in the head.
+MASS_TOLERANCE = 1e-6
+
+
+class _TorchLanguage:
+    """The few functions of `triton.language` that tile functions use, on torch tensors."""
+
+    exp = staticmethod(torch.exp)
+    log = staticmethod(torch.log)
+    abs = staticmethod(torch.abs)
+    where = staticmethod(torch.where)
+
+    @staticmethod
+    def maximum(x, y):
+        return torch.clamp(x, min=y) if isinstance(y, float) else torch.maximum(x, y)
+
+    @staticmethod
+    def minimum(x, y):
+        return torch.clamp(x, max=y) if isinstance(y, float) else torch.minimum(x, y)
+
+
+_TORCH_NAMES: dict[str, Any] = {"tl": _TorchLanguage}
+
+
+def _tile(fn):
+    """Compile a tile function for Triton, and keep the same code bound to torch under its name."""
+    _TORCH_NAMES[fn.__name__] = types.FunctionType(fn.__code__, _TORCH_NAMES, fn.__name__)
+    return triton.jit(fn) if triton is not None else _TORCH_NAMES[fn.__name__]
+
+
+# Tile functions. lp, lq: log-probabilities, -inf outside the vocabulary or where a probability is 0; a, b: the divergence's
+# parameters; w: its row statistic. The comparisons with 0 keep 0 * inf out; written so, a NaN in the logits still comes through.
+
+
+@_tile
+def _forward_kl(lp, lq, a, b, w):
+    p = tl.exp(lp)
+    h = tl.exp(lq) - p
+    return tl.where(p == 0.0, 0.0, p * (lp - lq)) + h, h
+
+
+@_tile
+def _reverse_kl(lp, lq, a, b, w):
+    q = tl.exp(lq)
+    d = lq - lp
+    h = tl.where(q == 0.0, 0.0, q * d)
+    # q underflows to 0 long before it is 0: where the teacher has no mass, the divergence is infinite all the same.
+    return tl.where(d == float("inf"), d, h + (tl.exp(lp) - q)), h
+
+
+@_tile
+def _symmetric_kl(lp, lq, a, b, w):
+    gf, hf = _forward_kl(lp, lq, a, b, w)
+    gr, hr = _reverse_kl(lp, lq, a, b, w)
+    return a * gf + (1.0 - a) * gr, a * hf + (1.0 - a) * hr
+
+
+@_tile
+def _adaptive_kl(lp, lq, a, b, w):
+    gf, hf = _forward_kl(lp, lq, a, b, w)
+    gr, hr = _reverse_kl(lp, lq, a, b, w)
+    gr = tl.where(w < 1.0, gr, 0.0)  # 0 * inf
+    return w * gf + (1.0 - w) * gr, w * hf + (1.0 - w) * hr
+
+
+@_tile
+def _mixture(lp, lq, share):
+    """log(p / m), log(q / m) and q / m for m = share * p + (1 - share) * q, without ever forming m.
+
+    With e = exp(-|log p - log q|), the larger of p and q divides out; the logarithm's argument is near 1 where p is near q, which
+    is where the difference of two rounded logarithms would lose its digits.
+    """
+    d = lp - lq
+    e = tl.exp(-tl.abs(d))
+    s = tl.where(d >= 0.0, share + (1.0 - share) * e, (1.0 - share) + share * e)
+    t = tl.log(s)
+    return tl.minimum(d, 0.0) - t, -tl.maximum(d, 0.0) - t, tl.where(d >= 0.0, e, 1.0) / s
+
+
+@_tile
+def _skew_forward_kl(lp, lq, a, b, w):
+    p = tl.exp(lp)
+    q = tl.exp(lq)
+    log_pm, _, qm = _mixture(lp, lq, a)
+    g = tl.where(p == 0.0, 0.0, p * log_pm) + (1.0 - a) * (q - p)
+    return g, (1.0 - a) * tl.where(q == 0.0, 0.0, q - p * qm)
+
+
+@_tile
+def _skew_reverse_kl(lp, lq, a, b, w):
+    p = tl.exp(lp)
+    q = tl.exp(lq)
+    _, log_qm, qm = _mixture(lp, lq, 1.0 - a)
+    r = tl.where(q == 0.0, 0.0, q * log_qm)
+    return r + (1.0 - a) * (p - q), r + a * tl.where(q == 0.0, 0.0, q * (1.0 - qm))
+
+
+@_tile
+def _jsd(lp, lq, a, b, w):
+    p = tl.exp(lp)
+    q = tl.exp(lq)
+    log_pm, log_qm, _ = _mixture(lp, lq, a)
+    h = (1.0 - a) * tl.where(q == 0.0, 0.0, q * log_qm)
+    return a * tl.where(p == 0.0, 0.0, p * log_pm) + h, h
+
+
+@_tile
+def _tvd(lp, lq, a, b, w):
+    q = tl.exp(lq)
+    d = q - tl.exp(lp)
+    return 0.5 * tl.abs(d), tl.where(d > 0.0, 0.5 * q, tl.where(d < 0.0, -0.5 * q, d))
+
+
+@_tile
+def _alpha_beta(lp, lq, a, b, w):
+    pa = tl.exp(a * lp)
+    qa = tl.exp(a * lq)
+    pb = tl.exp(b * lp)
+    qb = tl.exp(b * lq)
+    g = (a * pa * pb + b * qa * qb) / (a * b * (a + b)) - pa * qb / (a * b)
+    return g, qb * (qa - pa) / a
+
+
+# References: the textbook integrands on torch tensors, differentiated by autograd. They share nothing with the tile functions.
+
+
+def _x_log_ratio(x, lx, ly):
+    """x * (log x - log y), 0 where x is 0, +inf where only y is 0, with finite derivatives wherever the value is finite."""
+    zero = lx == -math.inf
+    return torch.where(zero, 0.0, x * (lx.masked_fill(zero, 0.0) - ly.masked_fill(zero, 0.0)))
+
+
+def _forward_kl_g(lp, lq, a, b, w):
+    return _x_log_ratio(lp.exp(), lp, lq)
+
+
+def _reverse_kl_g(lp, lq, a, b, w):
+    return _x_log_ratio(lq.exp(), lq, lp)
+
+
+def _symmetric_kl_g(lp, lq, a, b, w):
+    return a * _forward_kl_g(lp, lq, a, b, w) + (1 - a) * _reverse_kl_g(lp, lq, a, b, w)
+
+
+def _adaptive_kl_g(lp, lq, a, b, w):
+    reverse = torch.where(w < 1, _reverse_kl_g(lp, lq, a, b, w), 0.0)
+    return w * _forward_kl_g(lp, lq, a, b, w) + (1 - w) * reverse
+
+
+def _skew_forward_kl_g(lp, lq, a, b, w):
+    return _x_log_ratio(lp.exp(), lp, torch.logaddexp(lp + math.log(a), lq + math.log(1 - a)))
+
+
+def _skew_reverse_kl_g(lp, lq, a, b, w):
+    return _skew_forward_kl_g(lq, lp, a, b, w)
+
+
+def _jsd_g(lp, lq, a, b, w):
+    lm = torch.logaddexp(lp + math.log(a), lq + math.log(1 - a))
+    return a * _x_log_ratio(lp.exp(), lp, lm) + (1 - a) * _x_log_ratio(lq.exp(), lq, lm)
+
+
+def _tvd_g(lp, lq, a, b, w):
+    return 0.5 * (lp.exp() - lq.exp()).abs()
+
+
+def _alpha_beta_g(lp, lq, a, b, w):
+    c = a + b
+    return -((a * lp + b * lq).exp() - a / c * (c * lp).exp() - b / c * (c * lq).exp()) / (a * b)
+
+
+def _forward_share_by_sorting(lp, lq, mu):
+    """The forward share of adaptive_kl, by sorting: AKL (2404.02657), section 4. Shape [..., 1], detached."""
+    p, q = lp.detach().exp(), lq.detach().exp()
+    p, order = p.sort(dim=-1, descending=True, stable=True)
+    head = p.cumsum(-1) <= mu + MASS_TOLERANCE
+    head[..., 0] = True
+    gap = (p - q.gather(-1, order)).abs()
+    total = gap.sum(-1, keepdim=True)
+    share = (gap * head).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
+    return share.masked_fill(total == 0, 0.5)
+
+
+# Records.
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a divergence: its default and its domain, ``low <= value <= high``, an end left out where it is open."""
+
+    name: str
+    default: float
+    low: float
+    high: float
+    low_open: bool = False
+    high_open: bool = False
+
+    @property
+    def domain(self) -> str:
+        left, right = "(" if self.low_open else "[", ")" if self.high_open or self.high == math.inf else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+    def contains(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A divergence.
+
+    tile: ``(lp, lq, a, b, w) -> (g, h)``, see the module's docstring. `torch_tile` is the same code on torch tensors.
+    reference: the textbook ``g`` on torch tensors, for the oracle.
+    centered: ``sum_v h`` is 0, so that h is the gradient. The row kernel then needs one sweep less.
+    statistic: ``(lp, lq, a) -> [..., 1]``, a reduction over the row that the tile receives as ``w``, by sorting, for the oracle. The
+        kernels compute it without a sort. Only the forward share of adaptive_kl exists.
+    limits: ``(parameter, value, name)``: at this value the divergence is another one by definition (`papers`: jsd at 0 and 1).
+    """
+
+    name: str
+    tile: Callable
+    reference: Callable
+    source: str
+    parameters: tuple[Parameter, ...] = ()
+    centered: bool = False
+    statistic: Callable | None = None
+    limits: tuple[tuple[str, float, str], ...] = ()
+
+    @property
+    def torch_tile(self) -> Callable:
+        return _TORCH_NAMES[f"_{self.name}"]
+
+    def at(self, values: tuple[float, ...]) -> "Definition":
+        """The definition that holds at these parameter values: this one, or its limit."""
+        given = {(p.name, value) for p, value in zip(self.parameters, values, strict=True)}
+        for parameter, value, name in self.limits:
+            if (parameter, value) in given:
+                return DEFINITIONS[name]
+        return self
+
+
+DEFINITIONS: dict[str, Definition] = {
+    d.name: d
+    for d in (
+        Definition("forward_kl", _forward_kl, _forward_kl_g, "Hinton et al. 2015", centered=True),
+        Definition("reverse_kl", _reverse_kl, _reverse_kl_g, "MiniLLM, 2306.08543"),
+        Definition(
+            "symmetric_kl",
+            _symmetric_kl,
+            _symmetric_kl_g,
+            "ratio weighs the forward term",
+            parameters=(Parameter("ratio", 0.5, 0.0, 1.0),),
+            limits=(("ratio", 1.0, "forward_kl"), ("ratio", 0.0, "reverse_kl")),
+        ),
+        Definition(
+            "skew_forward_kl",
+            _skew_forward_kl,
+            _skew_forward_kl_g,
+            "DistiLLM, 2402.03898: KL(p || alpha p + (1 - alpha) q)",
+            parameters=(Parameter("alpha", 0.1, 0.0, 1.0, high_open=True),),
+            limits=(("alpha", 0.0, "forward_kl"),),
+        ),
+        Definition(
+            "skew_reverse_kl",
+            _skew_reverse_kl,
+            _skew_reverse_kl_g,
+            "DistiLLM, 2402.03898: KL(q || (1 - alpha) p + alpha q)",
+            parameters=(Parameter("alpha", 0.1, 0.0, 1.0, high_open=True),),
+            limits=(("alpha", 0.0, "reverse_kl"),),
+        ),
+        Definition(
+            "jsd",
+            _jsd,
+            _jsd_g,
+            "GKD, 2306.13649: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q",
+            parameters=(Parameter("beta", 0.5, 0.0, 1.0),),
+            limits=(("beta", 0.0, "forward_kl"), ("beta", 1.0, "reverse_kl")),
+        ),
+        Definition("tvd", _tvd, _tvd_g, "f-DISTILL, 2307.15190: half the L1 distance"),
+        Definition(
+            "alpha_beta",
+            _alpha_beta,
+            _alpha_beta_g,
+            "ABKD, 2505.04560",
+            parameters=(
+                Parameter("alpha", 0.5, 0.0, math.inf, low_open=True),
+                Parameter("beta", 0.5, 0.0, math.inf, low_open=True),
+            ),
+        ),
+        Definition(
+            "adaptive_kl",
+            _adaptive_kl,
+            _adaptive_kl_g,
+            "AKL, 2404.02657: the head of the teacher's mass decides how forward and reverse KL mix",
+            parameters=(Parameter("mu", 0.5, 0.0, 1.0),),
+            statistic=_forward_share_by_sorting,
+        ),
+    )
+}

@@ -1,0 +1,135 @@
+"""Loss and gradient of rows of logits in plain torch: the Triton row kernel's arithmetic, on blocks of rows that stay in cache."""
+
+import torch
+from torch import Tensor
+
+from .divergences import MASS_TOLERANCE
+from .spec import Head, RowSpec
+
+__all__ = ["row_losses"]
+
+BLOCK_BYTES = 1 << 20  # of one [rows, V] temporary; about ten are alive at a time
+
+
+def row_losses(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor,
+    spec: RowSpec,
+    *,
+    dz: Tensor | None,
+    kd: Tensor | None,
+    ce: Tensor | None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> None:
+    """Write each row's divergence and cross-entropy, and the gradient of their weighted sum.
+
+    Args:
+        student: ``[C, V_s]``, products of hidden states and head, before bias, scale and softcap.
+        teacher: ``[C, V_t]`` likewise, or None when no KD term is asked for.
+        labels: ``[C]`` int64 in [0, V_s), or None when no CE term is asked for.
+        weight: ``[C]``, the rows' weights.
+        dz: ``[C, V_s]``, receives the gradient with respect to ``student``; may be ``student`` itself. None: no gradient.
+        kd, ce: ``[C]``, receive the terms in nats, unweighted, ``kd`` times `RowSpec.kd_factor`. None where not asked for.
+    """
+    rows, width = student.shape
+    compute = torch.promote_types(student.dtype, torch.float32)
+    step = max(1, BLOCK_BYTES // (width * compute.itemsize))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        zs = _final_logits(student[part], student_bias, spec.student, compute)
+        w = weight[part, None]
+        gradient = log_q = None
+        if kd is not None:
+            assert teacher is not None
+            shared = min(width, teacher.shape[1])
+            zt = _final_logits(teacher[part, :shared], None if teacher_bias is None else teacher_bias[:shared], spec.teacher, compute)
+            log_q = _log_softmax(zs[:, :shared], spec.temperature)
+            log_p = _log_softmax(zt, spec.temperature)
+            gradient = _divergence(log_p, log_q, spec, kd[part], w if dz is not None else None)
+        if ce is not None:
+            assert labels is not None
+            whole = log_q is not None and spec.temperature == 1.0 and log_q.shape[1] == width
+            log_probs = log_q if whole and log_q is not None else torch.log_softmax(zs, -1)
+            target = labels[part, None]
+            torch.neg(log_probs.gather(1, target).squeeze(1), out=ce[part])
+            if dz is not None:
+                gradient = _add_cross_entropy(gradient, log_probs, target, w * spec.ce_share)
+        if dz is None:
+            continue
+        assert gradient is not None
+        if spec.student.softcap is not None:
+            n = gradient.shape[1]
+            gradient -= gradient * (zs[:, :n] / spec.student.softcap).square_()
+        if spec.student.scale != 1.0:
+            gradient *= spec.student.scale
+        n = gradient.shape[1]
+        dz[part, :n] = gradient
+        dz[part, n:] = 0
+
+
+def _final_logits(x: Tensor, bias: Tensor | None, head: Head, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    if bias is not None:
+        x = x + bias
+    if head.scale != 1.0:
+        x = x * head.scale
+    return x if head.softcap is None else (x / head.softcap).tanh_().mul_(head.softcap)
+
+
+def _log_softmax(z: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(z if temperature == 1.0 else z / temperature, -1)
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, spec: RowSpec, kd: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Write the divergence to ``kd``; return the gradient with respect to the final logits, or None without ``weight``."""
+    statistic = None
+    if spec.definition.statistic is not None:
+        statistic = _forward_share(log_p, log_q, spec.a)
+    g, h = spec.definition.torch_tile(log_p, log_q, spec.a, spec.b, statistic)
+    torch.mul(g.sum(-1), spec.kd_factor, out=kd)
+    if weight is None:
+        return None
+    if not spec.definition.centered:
+        h.addcmul_(torch.exp(log_q, out=g), h.sum(-1, keepdim=True), value=-1)
+    return h.mul_(weight * (spec.kd_share * spec.kd_factor / spec.temperature))
+
+
+def _add_cross_entropy(gradient: Tensor | None, log_probs: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    softmax = log_probs.exp().mul_(weight)
+    softmax.scatter_add_(1, target, -weight)
+    if gradient is not None:
+        softmax[:, : gradient.shape[1]] += gradient
+    return softmax
+
+
+def _forward_share(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
+    """adaptive_kl's weight of the forward KL, ``[R, 1]``: g_head / (g_head + g_tail), g = sum abs(p - q).
+
+    The head is found without a sort: positive floats compare as their bit patterns do, so 31 halvings find the smallest threshold
+    above which the mass is at most mu. Of the tokens exactly at the threshold, as many as still fit come in, in index order.
+    """
+    p = log_p.exp()
+    bits = torch.int32 if p.dtype == torch.float32 else torch.int64
+    limit = mu + MASS_TOLERANCE
+    top = p.amax(-1, keepdim=True)
+    high = top.view(bits)
+    low = torch.zeros_like(high)
+    for _ in range(31 if bits == torch.int32 else 63):
+        middle = (low + high) // 2
+        fits = torch.where(p > middle.view(p.dtype), p, 0.0).sum(-1, keepdim=True) <= limit
+        high = torch.where(fits, middle, high)
+        low = torch.where(fits, low, middle + 1)
+    threshold = high.view(p.dtype)
+    above = p > threshold
+    room = limit - torch.where(above, p, 0.0).sum(-1, keepdim=True)
+    ties = torch.where(threshold > 0, room / threshold, float(p.shape[-1]))
+    ties = torch.where(threshold == top, ties.clamp(min=1.0), ties).floor_()
+    at = p == threshold
+    head = above | (at & (at.cumsum(-1, dtype=torch.int32) <= ties))
+    gap = p.sub_(log_q.exp()).abs_()
+    total = gap.sum(-1, keepdim=True)
+    share = torch.where(head, gap, 0.0).sum(-1, keepdim=True) / total
+    return torch.where(total == 0, 0.5, share)
