@@ -1,0 +1,106 @@
+"""Checkpoints that appear whole or not at all, and are verified before they are used.
+
+A checkpoint is written under a temporary name, its files are checksummed and flushed to disk, and one rename makes it visible. A folder
+without a manifest that verifies is never resumed from: a missing `optimizer.pt` would otherwise silently give other weights.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+
+__all__ = ["MANIFEST", "commit", "find_problems", "newest_complete", "rotate"]
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)$")
+
+logger = logging.getLogger(__name__)
+
+
+def commit(staging: Path, final: Path) -> None:
+    """Checksum and flush the files of ``staging``, write their manifest, and rename the folder to ``final``, replacing what is there."""
+    files = {}
+    for file in sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _flush(file)
+        files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    manifest = staging / MANIFEST
+    manifest.write_text(json.dumps({"files": files}, indent=1) + "\n")
+    _flush(manifest)
+    for folder in {staging, *(f for f in staging.rglob("*") if f.is_dir())}:
+        _flush(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+    _flush(final.parent)
+
+
+def find_problems(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each; empty when it verifies."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return [f"{checkpoint}: no {MANIFEST}: the checkpoint was not finished, or not written by this library"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{checkpoint / MANIFEST}: not readable: {error}"]
+    problems = []
+    for name, facts in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            problems.append(f"{file}: missing")
+        elif file.stat().st_size != facts["bytes"]:
+            problems.append(f"{file}: {file.stat().st_size} bytes where the manifest says {facts['bytes']}")
+        elif _sha256(file) != facts["sha256"]:
+            problems.append(f"{file}: its checksum differs from the manifest's")
+    return problems
+
+
+def newest_complete(output_dir: str | os.PathLike) -> Path | None:
+    """The newest ``checkpoint-N`` under ``output_dir`` that verifies; those passed over are logged with the reason."""
+    for _, path in reversed(_numbered(Path(output_dir))):
+        problems = find_problems(path)
+        if not problems:
+            return path
+        logger.warning("not resuming from %s: %s", path.name, problems[0])
+    return None
+
+
+def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond ``keep``, never the newest one nor ``best``. None or 0 keeps all."""
+    if not keep:
+        return
+    paths = [path for _, path in _numbered(output_dir)]
+    kept = {paths[-1].resolve()} if paths else set()
+    if best:
+        kept.add(Path(best).resolve())
+    for path in reversed(paths):
+        if len(kept) < keep:
+            kept.add(path.resolve())
+    for path in paths:
+        if path.resolve() not in kept:
+            shutil.rmtree(path)
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    if not output_dir.is_dir():
+        return []
+    found = ((_NAME.match(path.name), path) for path in output_dir.iterdir() if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

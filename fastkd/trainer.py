@@ -1,0 +1,502 @@
+"""`KDTrainer`: a transformers `Trainer` whose loss is `fused_linear_kd` against a teacher, and its `KDConfig`."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from . import checkpoints
+from .data import KDCollator, tokenize
+from .evaluation import token_metrics
+from .functional import LossParts, divergence, fused_linear_kd
+from .hf import Head, head_of, run_body, verify_head
+from .models import check_tokenizers, load_model, load_tokenizer
+from .report import MetricsFile
+from .signals import TeacherHidden
+
+__all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError"]
+
+_STATE = "kd_state.json"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a batch was not finite; the message names the samples."""
+
+
+@dataclass
+class KDConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the arguments of distillation.
+
+    Args:
+        divergence, divergence_parameters: a name in `fastkd.DIVERGENCES` and its parameters.
+        temperature: > 0, divides both models' logits. Not the sampling temperature.
+        temperature_squared: multiply the KD term by ``temperature ** 2``.
+        kd_ratio: in [0, 1], ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
+        max_length: tokens of a row; longer ones are cut on the right.
+        completion_only_loss: count only completions and assistants' turns; None: yes where the rows have them.
+        chat_template: apply the tokenizer's chat template to plain ``prompt`` and ``completion`` strings too.
+        chunk_tokens, logits_dtype ("float32" or the hidden states' dtype): as in `fused_linear_kd`.
+        model_init_kwargs, teacher_model_init_kwargs: keywords of `fastkd.models.load_model` for models given by name. A student is loaded
+            in float32 unless its ``dtype`` is given, a teacher in its checkpoint's dtype.
+    """
+
+    divergence: str = "forward_kl"
+    divergence_parameters: dict[str, float] | None = None
+    temperature: float = 1.0
+    temperature_squared: bool = True
+    kd_ratio: float = 1.0
+    max_length: int = 512
+    completion_only_loss: bool | None = None
+    chat_template: bool | None = None
+    chunk_tokens: int | None = None
+    logits_dtype: str | None = None
+    model_init_kwargs: dict[str, Any] | None = None
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    # The batches carry columns that no model's forward names.
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay False."})
+    # A filter would hide the infinities that are to stop the run.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay False."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        divergence(self.divergence, **(self.divergence_parameters or {}))
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature}")
+        if not 0 <= self.kd_ratio <= 1:
+            raise ValueError(f"kd_ratio: expected a number in [0, 1], got {self.kd_ratio}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
+        if self.logits_dtype is not None and not isinstance(getattr(torch, self.logits_dtype, None), torch.dtype):
+            raise ValueError(f"logits_dtype: expected the name of a torch dtype, got {self.logits_dtype!r}")
+        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: must be False for distillation")
+
+
+@dataclass
+class _Sums:
+    """What has been trained since the last logging step, and the counted tokens of the whole run; saved with each checkpoint."""
+
+    loss: float = 0.0
+    kd: float = 0.0
+    ce: float = 0.0
+    tokens: int = 0
+    tokens_before: int = 0
+
+
+class KDTrainer(Trainer):
+    """Distils a teacher into a student.
+
+    Each model's body runs without its head; the heads meet in `fused_linear_kd`, inside the wrapped student's forward, so that DDP
+    synchronises. The loss is a mean over the counted tokens of the global batch, however it is split into devices and accumulation
+    steps. The teacher runs in eval mode, without gradients, in its own dtype.
+
+    Args:
+        model: the student: a name, a path, or a `PreTrainedModel`.
+        teacher_model: the same, or a mapping of one name to one of these.
+        args: a `KDConfig`.
+        train_dataset, eval_dataset: rows as `fastkd.data.tokenize` takes them, tokenised or not. eval_dataset may be a mapping of several.
+        processing_class: the student's tokenizer; default: that of ``model``, when given by name.
+        data_collator: default `fastkd.data.KDCollator`. One that gives ``labels`` only (not shifted) will do.
+        compute_metrics: receives the student's most probable tokens and the aligned labels, both ``[rows, length]``, -100 where no token
+            counts: full logits are never held.
+        peft_config: wraps the student with PEFT.
+        plan: not available in this version.
+
+    Evaluation adds, per counted token at temperature 1: ``kl`` (forward KL to the teacher), ``ce``, ``perplexity``, ``agreement`` (share of
+    tokens where both models' most probable token is the same); ``loss`` is the training objective. Every logging step and evaluation is
+    also a row of ``output_dir/metrics.jsonl``.
+
+    Raises:
+        NonFiniteLossError: in `train`, with the ids of the samples.
+        ValueError, TypeError: for arguments that do not fit together, before any training.
+    """
+
+    loss_is_scaled_for_ga = True  # by the number of counted tokens in the global batch
+
+    def __init__(
+        self,
+        model: str | os.PathLike | PreTrainedModel,
+        teacher_model: str | os.PathLike | PreTrainedModel | Mapping[str, Any],
+        args: KDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        data_collator: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        optimizers: tuple = (None, None),
+        callbacks: list | None = None,
+        peft_config: Any = None,
+        plan: Any = None,
+    ):
+        if args is None:
+            args = KDConfig()
+        if not isinstance(args, KDConfig):
+            raise TypeError(f"args: expected a KDConfig, got {type(args).__name__}")
+        if plan is not None:
+            raise ValueError("plan: training plans are not available in this version; expected None")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"torch.nn.DataParallel over {args.n_gpu} GPUs is not supported: start one process per GPU with `accelerate launch` or"
+                " `torchrun`, or show one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        if args.world_size > 1 and not args.average_tokens_across_devices:
+            raise ValueError("average_tokens_across_devices: must be True: the loss is a mean over the tokens of all processes")
+        if processing_class is None and isinstance(model, str | os.PathLike):
+            processing_class = load_tokenizer(model)
+        self.teacher_name, teacher_model = _one_teacher(teacher_model)
+        student = _student(model, args, peft_config)
+        self.teacher = _teacher(teacher_model, args, processing_class)
+        if self.teacher is student:
+            raise ValueError("teacher_model: the student itself; expected another model (copy.deepcopy makes one)")
+        if train_dataset is not None:
+            train_dataset = _tokenized(train_dataset, processing_class, args, "train")
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: _tokenized(d, processing_class, args, name) for name, d in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = _tokenized(eval_dataset, processing_class, args, "eval")
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=functools.partial(_with_shift_labels, data_collator or KDCollator(_pad_id(processing_class))),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # so that the global number of counted tokens reaches compute_loss
+        self.teacher.to(args.device)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            _verify("model", student)
+            _verify("teacher_model", self.teacher)
+        self._metrics = MetricsFile(args.output_dir)
+        self._sums = _Sums()
+
+    # The loss.
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """The loss of one micro-batch, scaled so that sums over micro-batches and means over processes give the global mean."""
+        batch = dict(inputs)
+        labels, index = batch.pop("shift_labels"), batch.pop("sample_index", None)
+        batch.pop("labels", None)
+        signal = self._teacher_signal(batch)
+
+        def forward(student, batch):
+            hidden, aux_loss = run_body(student, **batch)
+            loss, parts = self._fused(hidden, head_of(student), signal, labels, num_items_in_batch)
+            if aux_loss is not None:
+                # The router's loss is a mean over tokens: weighted like the tokens' own losses, it splits like them too.
+                total = parts.tokens if num_items_in_batch is None else num_items_in_batch
+                loss = loss + aux_loss.to(loss.dtype) * (parts.tokens / max(total, 1))
+            return loss, parts
+
+        loss, parts = self._in_student(model, forward, batch)
+        total = parts.tokens if num_items_in_batch is None else num_items_in_batch
+        if model.training:
+            self._account(loss.detach() * total, parts, labels, index)
+        if self.args.world_size > 1 and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes, the normaliser already counts them all
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _fused(self, hidden: Tensor, head: Head, signal: TeacherHidden, labels: Tensor, normalizer) -> tuple[Tensor, LossParts]:
+        args = self.args
+        return fused_linear_kd(
+            hidden,
+            head.weight,
+            signal,
+            labels,
+            divergence=divergence(args.divergence, **(args.divergence_parameters or {})),
+            temperature=args.temperature,
+            temperature_squared=args.temperature_squared,
+            kd_ratio=args.kd_ratio,
+            normalizer=normalizer,
+            student_bias=head.bias,
+            student_softcap=head.softcap,
+            student_scale=head.scale,
+            chunk_tokens=args.chunk_tokens,
+            logits_dtype=None if args.logits_dtype is None else getattr(torch, args.logits_dtype),
+            return_parts=True,
+        )
+
+    @torch.no_grad()
+    def _teacher_signal(self, batch: Mapping[str, Tensor]) -> TeacherHidden:
+        with torch.autocast(self.args.device.type, enabled=False):  # the teacher keeps its own dtype
+            hidden, _ = run_body(self.teacher, **batch)
+        head = head_of(self.teacher)
+        return TeacherHidden(hidden, head.weight, head.bias, head.softcap, head.scale)
+
+    def _in_student(self, model: nn.Module, forward: Callable, batch: Mapping[str, Tensor]) -> Any:
+        """Call the wrapped student with ``forward(student, batch)`` in place of its own forward."""
+        student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with _redirected(student, lambda **inputs: forward(student, inputs)), self.accelerator.autocast():
+            return model(**batch)
+
+    def _account(self, loss_sum: Tensor, parts: LossParts, labels: Tensor, index: Tensor | None) -> None:
+        kd, ce = parts.kd_per_token.double().sum(), parts.ce_per_token.double().sum()
+        loss, kd, ce, tokens = torch.stack([loss_sum.double(), kd, ce, parts.tokens.double()]).tolist()
+        if not math.isfinite(loss):
+            self._stop(parts, labels, index)
+        self._sums.loss += loss
+        self._sums.kd += kd
+        self._sums.ce += ce
+        self._sums.tokens += int(tokens)
+
+    def _stop(self, parts: LossParts, labels: Tensor, index: Tensor | None) -> None:
+        shares = ((self.args.kd_ratio, parts.kd_per_token), (1 - self.args.kd_ratio, parts.ce_per_token))
+        broken = torch.stack([~values.isfinite() for share, values in shares if share > 0]).any(0).any(-1)
+        if not broken.any():  # the auxiliary loss, or a sum that overflowed
+            broken = torch.ones_like(broken)
+        if index is None:
+            names = [f"row {i} of the batch" for i in broken.nonzero().flatten().tolist()]
+        else:
+            names = self._sample_names(index[broken].tolist())
+        raise NonFiniteLossError(f"the loss is not finite at step {self.state.global_step + 1}; samples: {', '.join(names)}")
+
+    def _sample_names(self, wanted: list[int]) -> list[str]:
+        data = self.train_dataset
+        if not isinstance(data, Dataset) or not {"sample_index", "sample_id"} <= set(data.column_names):
+            return [f"index {i}" for i in wanted]
+        ids = dict(zip(data["sample_index"], data["sample_id"], strict=True))
+        return [str(ids.get(i, f"index {i}")) for i in wanted]
+
+    # Evaluation. The Trainer's own averages batch means; here sums over tokens are gathered row by row.
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        model = self.model_wrapped if self.is_in_train else self.model
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        rows: list[Tensor] = []
+        predictions: list[tuple[np.ndarray, np.ndarray]] = []
+        for batch in dataloader:
+            sums, top1, labels = self._evaluate_batch(model, self._prepare_inputs(batch))
+            rows.append(self.accelerator.gather_for_metrics(sums))
+            if self.compute_metrics is not None:
+                pair = self.accelerator.pad_across_processes((top1, labels), dim=1, pad_index=-100)
+                top1, labels = self.accelerator.gather_for_metrics(pair)
+                predictions.append((top1.cpu().numpy(), labels.cpu().numpy()))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        table = torch.cat(rows)
+        loss, kl, ce, agree, tokens = table.sum(0).tolist()
+        tokens = int(tokens)
+        mean = {"loss": loss, "kl": kl, "ce": ce, "agreement": agree}
+        metrics = {name: value / tokens if tokens else math.nan for name, value in mean.items()}
+        metrics["perplexity"] = math.exp(min(metrics["ce"], 700.0)) if tokens else math.nan
+        metrics["tokens"] = tokens
+        top1, label_ids = (_padded(arrays) for arrays in zip(*predictions, strict=True)) if predictions else (None, None)
+        if self.compute_metrics is not None:
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=top1, label_ids=label_ids)))
+        metrics = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=top1, label_ids=label_ids, metrics=metrics, num_samples=len(table))
+
+    @torch.no_grad()
+    def _evaluate_batch(self, model, inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """``[B, 5]`` sums over each row's counted tokens (loss, kl, ce, agree, tokens), and ``[B, S]`` top-1 tokens and labels."""
+        batch = dict(inputs)
+        labels = batch.pop("shift_labels")
+        batch.pop("labels", None)
+        batch.pop("sample_index", None)
+        signal = self._teacher_signal(batch)
+
+        def forward(student, batch):
+            hidden, _ = run_body(student, **batch)
+            head = head_of(student)
+            return token_metrics(hidden, head, signal.hidden, signal, labels), self._fused(hidden, head, signal, labels, None)[1]
+
+        found, parts = self._in_student(model, forward, batch)
+        ratio = self.args.kd_ratio
+        loss = sum(share * values for share, values in ((ratio, parts.kd_per_token), (1 - ratio, parts.ce_per_token)) if share > 0)
+        columns = [loss, found["kl"], found["ce"], found["agree"], labels != -100]
+        return torch.stack([c.double().sum(1) for c in columns], 1), found["top1"], labels
+
+    # Logging.
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds the loss's terms to a training row, and writes the row to ``metrics.jsonl``."""
+        row: dict[str, Any] = {"step": self.state.global_step}
+        if "loss" in logs:
+            terms = self._close_window()
+            logs.update({name: value for name, value in terms.items() if not math.isnan(value)})
+            row |= {"stage": 0, "teacher": self.teacher_name, **terms}
+        super().log(logs, *args, **kwargs)
+        if self.is_world_process_zero():
+            row |= {("lr" if name == "learning_rate" else name): value for name, value in logs.items()}
+            self._metrics.append(row)
+
+    def _close_window(self) -> dict[str, float]:
+        """Means over the counted tokens since the last logging step, all processes together; starts a new window."""
+        sums = self._sums
+        loss, kd, ce, tokens = sums.loss, sums.kd, sums.ce, sums.tokens
+        if self.args.world_size > 1:
+            mine = torch.tensor([loss, kd, ce, tokens], dtype=torch.float64, device=self.args.device)
+            loss, kd, ce, tokens = self.accelerator.reduce(mine, "sum").tolist()
+        self._sums = _Sums(tokens_before=sums.tokens_before + int(tokens))
+        count = max(tokens, 1)
+        return {
+            "loss": loss / count,
+            "kd": kd / count,
+            "ce": ce / count,
+            "tokens": self._sums.tokens_before,
+            "temperature": float(self.args.temperature),
+            "kd_ratio": float(self.args.kd_ratio),
+        }
+
+    # Checkpoints: written under a temporary name, verified, then renamed.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """`Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that verifies, a path is verified first."""
+        found: Path | None = None
+        if resume_from_checkpoint is True:
+            found = checkpoints.newest_complete(self.args.output_dir)
+            if found is None:
+                raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
+        elif resume_from_checkpoint:
+            found = Path(resume_from_checkpoint)
+            problems = checkpoints.find_problems(found)
+            if problems:
+                raise ValueError(f"resume_from_checkpoint: {problems[0]}")
+        self._sums, step = _Sums(), 0
+        if found is not None:
+            self._sums = _Sums(**json.loads((found / f"{self.args.process_index}-{_STATE}").read_text()))
+            step = json.loads((found / "trainer_state.json").read_text())["global_step"]
+        if self.is_world_process_zero():
+            self._metrics.start(step, resumed=found is not None)
+        return super().train(None if found is None else str(found), *args, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, self._staging) if self._staging else folder
+
+    _staging = ""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run = Path(self._get_output_dir(trial))
+        name, keep = f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        staging, final = run / ".incomplete" / name, run / name
+        if self.args.should_save:
+            shutil.rmtree(staging.parent, ignore_errors=True)  # what a crash may have left
+        self.accelerator.wait_for_everyone()
+        self._staging, self.args.save_total_limit = ".incomplete", None  # nothing old goes before the new one stands
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.args.save_total_limit = "", keep
+        (staging / f"{self.args.process_index}-{_STATE}").write_text(json.dumps(asdict(self._sums)))
+        if self.state.best_model_checkpoint == str(staging):
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            checkpoints.commit(staging, final)
+            staging.parent.rmdir()
+            checkpoints.rotate(run, keep, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+
+def _one_teacher(teacher: Any) -> tuple[str, Any]:
+    if isinstance(teacher, Mapping):
+        if len(teacher) != 1:
+            raise ValueError(f"teacher_model: {len(teacher)} teachers need a training plan, which this version does not have; expected one")
+        return next(iter(teacher.items()))
+    name = teacher if isinstance(teacher, str | os.PathLike) else getattr(getattr(teacher, "config", None), "name_or_path", "")
+    return Path(name).name or type(teacher).__name__, teacher
+
+
+def _student(model: Any, args: KDConfig, peft_config: Any) -> nn.Module:
+    if isinstance(model, str | os.PathLike):
+        model = load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+    elif not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a name, a path or a module, got {type(model).__name__}")
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    return model
+
+
+def _teacher(model: Any, args: KDConfig, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
+    if isinstance(model, str | os.PathLike):
+        options = args.teacher_model_init_kwargs or {}
+        if tokenizer is not None:
+            check_tokenizers(tokenizer, load_tokenizer(model, gguf_file=options.get("gguf_file")))
+        model = load_model(model, **options)
+    elif not isinstance(model, nn.Module):
+        raise TypeError(f"teacher_model: expected a name, a path or a module, got {type(model).__name__}")
+    return model.eval()
+
+
+def _verify(argument: str, model: nn.Module) -> None:
+    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval()
+    try:
+        verify_head(model, ids)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+    finally:
+        model.train(was_training)
+
+
+def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDConfig, name: str) -> Dataset:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
+    if {"input_ids", "labels", "sample_index"} <= set(dataset.column_names):
+        return dataset
+    if tokenizer is None and "input_ids" not in dataset.column_names:
+        raise ValueError(f"processing_class: {name}_dataset is not tokenised, which needs the student's tokenizer, got None")
+    return tokenize(
+        dataset,
+        tokenizer,
+        max_length=args.max_length,
+        completion_only_loss=args.completion_only_loss,
+        chat_template=args.chat_template,
+        name=name,
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Any id will do: padding is masked by position."""
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((i for i in ids if i is not None), 0)
+
+
+def _with_shift_labels(collator: Callable, rows: list) -> dict[str, Tensor]:
+    batch = dict(collator(rows))
+    if "shift_labels" not in batch:
+        batch["shift_labels"] = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    return batch
+
+
+@contextlib.contextmanager
+def _redirected(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """``module(...)``, hooks and wrappers included, runs ``forward`` meanwhile."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _padded(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+    width = max(a.shape[1] for a in arrays)
+    return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-100) for a in arrays])

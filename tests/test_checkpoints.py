@@ -1,0 +1,156 @@
+"""Checkpoints: whole or not there, verified, and exact to resume from."""
+
+import json
+import os
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastkd import checkpoints
+from fastkd.report import read_metrics
+
+from .test_trainer import trainer
+from .tiny import rows, tiny_llama
+
+
+def make(folder, step: int, content: str = "weights"):
+    staging = folder / ".incomplete" / f"checkpoint-{step}"
+    (staging / "deep").mkdir(parents=True)
+    (staging / "model.bin").write_text(content)
+    (staging / "deep" / "optimizer.bin").write_text("state")
+    final = folder / f"checkpoint-{step}"
+    checkpoints.commit(staging, final)
+    return final
+
+
+def test_commit_moves_whole_and_verifies(tmp_path):
+    final = make(tmp_path, 3)
+    assert checkpoints.find_problems(final) == []
+    assert not (tmp_path / ".incomplete" / "checkpoint-3").exists()
+    assert make(tmp_path, 3, "other") == final
+    assert (final / "model.bin").read_text() == "other"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda c: (c / "deep" / "optimizer.bin").unlink(), "optimizer.bin: missing"),
+        (lambda c: (c / "model.bin").write_text("weightz"), "model.bin: its checksum differs"),
+        (lambda c: (c / "model.bin").write_text("w"), "model.bin: 1 bytes where the manifest says 7"),
+        (lambda c: (c / checkpoints.MANIFEST).unlink(), "not finished"),
+        (lambda c: (c / checkpoints.MANIFEST).write_text("{"), "not readable"),
+    ],
+)
+def test_damage_is_found_named_and_passed_over(tmp_path, damage, problem, caplog):
+    old, new = make(tmp_path, 9), make(tmp_path, 10)
+    damage(new)
+    assert problem in checkpoints.find_problems(new)[0]
+    assert checkpoints.newest_complete(tmp_path) == old
+    assert "checkpoint-10" in caplog.text
+
+
+def test_newest_is_by_number(tmp_path):
+    assert checkpoints.newest_complete(tmp_path / "nowhere") is None
+    for step in (100, 20, 3):
+        make(tmp_path, step)
+    assert checkpoints.newest_complete(tmp_path).name == "checkpoint-100"
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    checkpoints.rotate(tmp_path, None, None)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 4
+    checkpoints.rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+
+
+class Crash(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def run(folder, crash_at: int | None = None, **changes):
+    """Eight steps of two accumulated micro-batches over an odd number of rows, with dropout."""
+    settings = {
+        "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2, "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    return trainer(
+        folder,
+        student=tiny_llama(1, attention_dropout=0.2),
+        data=rows(13),
+        callbacks=[] if crash_at is None else [Crash(crash_at)],
+        **{**settings, **changes},
+    )
+
+
+def training_rows(folder):
+    return [{k: v for k, v in row.items() if "runtime" not in k} for row in read_metrics(folder) if "loss" in row]
+
+
+@pytest.mark.parametrize("crash_at", [4, 5, 7])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, crash_at):
+    """Bit for bit: the weights, and the logged rows too, though the checkpoints do not fall on logging steps."""
+    whole = run(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", crash_at).train()
+    resumed = run(tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert training_rows(tmp_path / "cut") == training_rows(tmp_path / "whole")
+
+
+def test_a_crash_while_saving_leaves_no_checkpoint(tmp_path, monkeypatch):
+    first = run(tmp_path)
+    real, calls = checkpoints._flush, []
+
+    def flush(path):
+        calls.append(path)
+        if len(calls) > 20:  # in the second checkpoint
+            raise KeyboardInterrupt
+        real(path)
+
+    monkeypatch.setattr(checkpoints, "_flush", flush)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    again = run(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+    assert not (tmp_path / ".incomplete").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_skipped_by_true(tmp_path):
+    run(tmp_path).train()
+    (tmp_path / "checkpoint-8" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="optimizer.pt: missing"):
+        run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    again = run(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert checkpoints.find_problems(tmp_path / "checkpoint-8") == []
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        run(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_the_best_checkpoint_is_kept_and_known_by_its_place(tmp_path):
+    best = run(
+        tmp_path, eval_data=rows(4, seed=3), eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1, load_best_model_at_end=True,
+        metric_for_best_model="kl", greater_is_better=False, learning_rate=0.3,
+    )  # fmt: skip
+    best.train()
+    kept = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
+    place = best.state.best_model_checkpoint
+    assert os.path.basename(place) in kept
+    assert ".incomplete" not in place
+    state = json.loads((tmp_path / kept[-1] / "trainer_state.json").read_text())
+    assert ".incomplete" not in str(state["best_model_checkpoint"])
+    assert checkpoints.find_problems(tmp_path / kept[0]) == []
