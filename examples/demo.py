@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples" / "demo.yaml"
 DATA = ROOT / "runs" / "demo-data"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-TRAIN_ROWS, EVAL_ROWS = 240, 40
+TRAIN_ROWS, EVAL_ROWS = 240, 24
 
 
 def teacher_file() -> Path:

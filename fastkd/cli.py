@@ -1,4 +1,7 @@
-"""The command line: ``fastkd init``, ``fastkd distill``, ``fastkd bench``. A user's mistake is one line on standard error and exit status 2."""
+"""The command line: ``fastkd init``, ``fastkd distill``, ``fastkd bench``.
+
+A user's mistake is one line on standard error and exit status 2.
+"""
 
 import argparse
 import os
@@ -15,6 +18,9 @@ _NEEDS = "this command needs the extra packages: pip install 'fastkd[hf]'"
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see {self.prog} --help)")
 

@@ -50,7 +50,8 @@ def divergence(name: str, **parameters: Number) -> Divergence:
         if key not in known:
             raise ValueError(f"divergence {name!r}: unknown parameter {key!r}; it takes {', '.join(known) or 'none'}")
         _check_number(f"divergence {name!r}: {key}", value)
-        if not isinstance(value, Tensor) and not known[key].contains(value):
+        # A comparison would make a traced float a constant of the graph; the loss checks all values once more when it reads them.
+        if not isinstance(value, Tensor) and not torch.compiler.is_compiling() and not known[key].contains(value):
             raise ValueError(f"divergence {name!r}: expected {key} in {known[key].domain}, got {value:g}")
     return Divergence(name, dict(parameters))
 
@@ -206,6 +207,8 @@ def _loss(
         raise TypeError(f"token_weight: expected a floating point dtype, got {token_weight.dtype}")
     if chunk_tokens is not None and (isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1):
         raise ValueError(f"chunk_tokens: expected a whole number >= 1 or None, got {chunk_tokens!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected a whole number, got {type(ignore_index).__name__}")
     _check_logits_dtype(logits_dtype, student)
     for argument, tensor in (("student_weight", weight), ("student_bias", bias), ("labels", labels), ("token_weight", token_weight)):
         _check_device(argument, tensor, name, device)
@@ -306,18 +309,15 @@ def _knob_tensor(knobs: Mapping[str, Any], device: torch.device) -> Tensor:
     """One float64 vector: on the host while all knobs are numbers or host tensors, else on the device, to be read there with the rest."""
     for name, value in knobs.items():
         if value is not None:
-            _check_number(name, value)
+            _check_number(name.replace("teacher_", "teacher."), value)
     values = [0.0 if v is None else v for v in knobs.values()]
-    if not any(isinstance(v, Tensor) for v in values):
+    if not any(isinstance(v, Tensor) for v in values) and not torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float64)
     if all(v.device.type == "cpu" for v in values if isinstance(v, Tensor)):
         device = torch.device("cpu")
-    return torch.stack(
-        [
-            v.detach().to(device, torch.float64) if isinstance(v, Tensor) else torch.full((), v, dtype=torch.float64, device=device)
-            for v in values
-        ]
-    )
+    # A product with a tensor, because that is what torch.compile can carry a changing float through; torch.tensor would recompile.
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return torch.stack([v.detach().to(device, torch.float64) if isinstance(v, Tensor) else one * v for v in values])
 
 
 def _implementation(impl: str, student: Tensor) -> str:

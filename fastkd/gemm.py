@@ -38,7 +38,7 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out[C, V] = hidden[C, D] @ weight[V, D].T"""
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.t(), out=out)
-    elif has_mixed_mm(hidden.device, hidden.dtype):
+    elif hidden.dtype.itemsize == 2 and out.dtype == torch.float32 and has_mixed_mm(hidden.device, hidden.dtype):
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
         wide = hidden.to(out.dtype)

@@ -100,12 +100,12 @@ def _check_knobs(host: _Host, divergence: str, has_labels: bool) -> None:
         raise ValueError(f"kd_ratio: expected a number in [0, 1], got {knobs['kd_ratio']:g}")
     if knobs["kd_ratio"] < 1 and not has_labels:
         raise ValueError(f"labels: kd_ratio = {knobs['kd_ratio']:g} < 1 adds a cross-entropy term, which needs labels, got None")
-    for side in ("student", "teacher"):
-        if not math.isfinite(knobs[f"{side}_scale"]):
-            raise ValueError(f"{side} scale: expected a finite number, got {knobs[f'{side}_scale']:g}")
-        cap = knobs[f"{side}_softcap"]
+    for side, argument in (("student", "student_"), ("teacher", "teacher.")):
+        scale, cap = knobs[f"{side}_scale"], knobs[f"{side}_softcap"]
+        if not math.isfinite(scale):
+            raise ValueError(f"{argument}scale: expected a finite number, got {scale:g}")
         if cap is not None and not (cap > 0 and math.isfinite(cap)):
-            raise ValueError(f"{side} softcap: expected a finite number > 0 or None, got {cap:g}")
+            raise ValueError(f"{argument}softcap: expected a finite number > 0 or None, got {cap:g}")
     for parameter, value in zip(DEFINITIONS[divergence].parameters, host.parameters, strict=True):
         if not parameter.contains(value):
             raise ValueError(f"divergence {divergence!r}: expected {parameter.name} in {parameter.domain}, got {value:g}")

@@ -1,15 +1,19 @@
 """A run from its configuration: data, models, training, evaluation before and after, and the folder that it leaves."""
 
+import contextlib
+import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback
 
 from . import checkpoints
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows, tokenize
-from .models import check_tokenizers, keep_layers, load_model, load_tokenizer
+from .models import check_tokenizers, load_model, load_tokenizer
 from .report import METRICS, write_report
 from .trainer import KDConfig, KDTrainer
 
@@ -31,26 +35,39 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
     output = Path(config.output_dir)
     if not resume and ((output / METRICS).exists() or any(output.glob("checkpoint-*"))):
         raise ConfigError(f"{config.path}: output_dir: {output} already holds a run: say --resume, or choose another folder")
-    args = _arguments(config)
+    with _blamed(config, "training"):
+        args = _arguments(config)
     teacher_name, teacher_spec = next(iter(config.teachers.items()))
     student_spec = config.student
 
-    train_rows = load_rows(config.data.train, columns=config.data.columns)
-    eval_rows = None if config.data.eval is None else load_rows(config.data.eval, columns=config.data.columns)
-    source = _cut_from(student_spec, config) or student_spec
-    tokenizer = load_tokenizer(source.model, gguf_file=source.gguf_file)
-    check_tokenizers(tokenizer, load_tokenizer(teacher_spec.model, gguf_file=teacher_spec.gguf_file))
-    options = {
-        "max_length": config.data.max_length,
-        "completion_only_loss": config.data.completion_only_loss,
-        "chat_template": config.data.chat_template,
-    }
+    with _blamed(config, "data.train"):
+        train_rows = load_rows(config.data.train, columns=config.data.columns)
+    with _blamed(config, "data.eval"):
+        eval_rows = None if config.data.eval is None else load_rows(config.data.eval, columns=config.data.columns)
+    with _blamed(config, "student"):
+        tokenizer = load_tokenizer(student_spec.model, **_place(student_spec))
+    with _blamed(config, "teacher"):
+        check_tokenizers(tokenizer, load_tokenizer(teacher_spec.model, **_place(teacher_spec)))
+    tokenized = functools.partial(
+        tokenize,
+        tokenizer=tokenizer,
+        max_length=config.data.max_length,
+        completion_only_loss=config.data.completion_only_loss,
+        chat_template=config.data.chat_template,
+    )
+    with _blamed(config, "data"):
+        train_data = tokenized(train_rows, name="train")
+        eval_data = None if eval_rows is None else tokenized(eval_rows, name="eval")
+    with _blamed(config, "teacher"):
+        teacher = _load(teacher_spec, None)
+    with _blamed(config, "student"):
+        student = _load(student_spec, "float32")
     trainer = KDTrainer(
-        _load(student_spec, config, "float32"),
-        {teacher_name: _load(teacher_spec, config, None)},
+        student,
+        {teacher_name: teacher},
         args,
-        tokenize(train_rows, tokenizer, name="train", **options),
-        None if eval_rows is None else tokenize(eval_rows, tokenizer, name="eval", **options),
+        train_data,
+        eval_data,
         processing_class=tokenizer,
         callbacks=[_PlanFile(config, teacher_name)],
     )
@@ -66,6 +83,15 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
     if trainer.is_world_process_zero():
         write_report(output, output.name, _facts(config, teacher_name, trainer))
     return output
+
+
+@contextlib.contextmanager
+def _blamed(config: RunConfig, key: str) -> Iterator[None]:
+    """An error inside is the fault of this key of the configuration."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{config.path}: {key}: {error}") from error
 
 
 def _arguments(config: RunConfig) -> KDConfig:
@@ -87,18 +113,12 @@ def _arguments(config: RunConfig) -> KDConfig:
     )
 
 
-def _cut_from(spec: ModelSpec, config: RunConfig) -> ModelSpec | None:
-    """The model that a student is cut from."""
-    if spec.from_teacher is None:
-        return None
-    return config.teachers.get(spec.from_teacher, ModelSpec(model=spec.from_teacher))
+def _load(spec: ModelSpec, default_dtype: str | None) -> PreTrainedModel:
+    return load_model(spec.model, dtype=spec.dtype or default_dtype, layers=spec.layers, **_place(spec))
 
 
-def _load(spec: ModelSpec, config: RunConfig, default_dtype: str | None) -> PreTrainedModel:
-    source = _cut_from(spec, config) or spec
-    options = {} if source.revision is None else {"revision": source.revision}
-    model = load_model(source.model, dtype=spec.dtype or default_dtype, gguf_file=source.gguf_file, **options)
-    return model if spec.layers is None else keep_layers(model, spec.layers)
+def _place(spec: ModelSpec) -> dict[str, Any]:
+    return {name: value for name in ("gguf_file", "revision") if (value := getattr(spec, name)) is not None}
 
 
 class _PlanFile(TrainerCallback):
@@ -117,11 +137,15 @@ class _PlanFile(TrainerCallback):
         (Path(args.output_dir) / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
 
 
-def _facts(config: RunConfig, teacher: str, trainer: KDTrainer) -> dict[str, object]:
+def _described(spec: ModelSpec) -> str:
+    return Path(spec.model).name + ("" if spec.layers is None else f", {len(spec.layers)} of its layers")
+
+
+def _facts(config: RunConfig, teacher: str, trainer: Any) -> dict[str, Any]:
     loss, student = config.loss, trainer.accelerator.unwrap_model(trainer.model)
     return {
-        "student": f"{config.student.model or config.student.from_teacher} ({student.num_parameters():,} parameters)",
-        "teacher": f"{teacher} ({trainer.teacher.num_parameters():,} parameters)",
+        "student": f"{_described(config.student)} ({student.num_parameters():,} parameters)",
+        "teacher": f"{_described(config.teachers[teacher])} ({trainer.teacher.num_parameters():,} parameters)",
         "divergence": " ".join([loss.divergence, *(f"{k}={v:g}" for k, v in loss.parameters.items())]),
         "temperature": loss.temperature,
         "kd_ratio": loss.kd_ratio,

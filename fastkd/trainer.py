@@ -66,12 +66,13 @@ class KDConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | None = None
     teacher_model_init_kwargs: dict[str, Any] | None = None
     # The batches carry columns that no model's forward names.
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay False."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     # A filter would hide the infinities that are to stop the run.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self):
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         divergence(self.divergence, **(self.divergence_parameters or {}))
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature}")
@@ -125,6 +126,7 @@ class KDTrainer(Trainer):
         ValueError, TypeError: for arguments that do not fit together, before any training.
     """
 
+    args: KDConfig
     loss_is_scaled_for_ga = True  # by the number of counted tokens in the global batch
 
     def __init__(
@@ -184,8 +186,13 @@ class KDTrainer(Trainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             _verify("model", student)
             _verify("teacher_model", self.teacher)
-        self._metrics = MetricsFile(args.output_dir)
+        self._metrics = MetricsFile(self._folder)
         self._sums = _Sums()
+
+    @property
+    def _folder(self) -> Path:
+        assert self.args.output_dir is not None  # TrainingArguments fills it in
+        return Path(self.args.output_dir)
 
     # The loss.
 
@@ -279,7 +286,7 @@ class KDTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        model = self.model_wrapped if self.is_in_train else self.model
+        model: Any = self.model_wrapped if self.is_in_train else self.model
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         rows: list[Tensor] = []
@@ -299,11 +306,13 @@ class KDTrainer(Trainer):
         metrics = {name: value / tokens if tokens else math.nan for name, value in mean.items()}
         metrics["perplexity"] = math.exp(min(metrics["ce"], 700.0)) if tokens else math.nan
         metrics["tokens"] = tokens
-        top1, label_ids = (_padded(arrays) for arrays in zip(*predictions, strict=True)) if predictions else (None, None)
+        ids: Any = None
+        label_ids: Any = None
         if self.compute_metrics is not None:
-            metrics.update(self.compute_metrics(EvalPrediction(predictions=top1, label_ids=label_ids)))
+            ids, label_ids = (_padded(arrays) for arrays in zip(*predictions, strict=True))
+            metrics.update(self.compute_metrics(EvalPrediction(predictions=ids, label_ids=label_ids)))
         metrics = {f"{metric_key_prefix}_{name.removeprefix(f'{metric_key_prefix}_')}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=top1, label_ids=label_ids, metrics=metrics, num_samples=len(table))
+        return EvalLoopOutput(predictions=ids, label_ids=label_ids, metrics=metrics, num_samples=len(table))
 
     @torch.no_grad()
     def _evaluate_batch(self, model, inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,16 +321,19 @@ class KDTrainer(Trainer):
         labels = batch.pop("shift_labels")
         batch.pop("labels", None)
         batch.pop("sample_index", None)
-        signal = self._teacher_signal(batch)
+        signal, args = self._teacher_signal(batch), self.args
 
         def forward(student, batch):
             hidden, _ = run_body(student, **batch)
-            head = head_of(student)
-            return token_metrics(hidden, head, signal.hidden, signal, labels), self._fused(hidden, head, signal, labels, None)[1]
+            return token_metrics(
+                hidden, head_of(student), signal, labels, args.divergence, args.divergence_parameters, float(args.temperature)
+            )
 
-        found, parts = self._in_student(model, forward, batch)
-        ratio = self.args.kd_ratio
-        loss = sum(share * values for share, values in ((ratio, parts.kd_per_token), (1 - ratio, parts.ce_per_token)) if share > 0)
+        found = self._in_student(model, forward, batch)
+        factor = args.temperature**2 if args.temperature_squared else 1.0
+        loss = torch.zeros_like(found["kd"])
+        for share, term in ((args.kd_ratio * factor, found["kd"]), (1 - args.kd_ratio, found["ce"])):
+            loss = loss + share * term if share > 0 else loss  # an infinite term with no share is not 0 * inf
         columns = [loss, found["kl"], found["ce"], found["agree"], labels != -100]
         return torch.stack([c.double().sum(1) for c in columns], 1), found["top1"], labels
 
@@ -363,7 +375,7 @@ class KDTrainer(Trainer):
         """`Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that verifies, a path is verified first."""
         found: Path | None = None
         if resume_from_checkpoint is True:
-            found = checkpoints.newest_complete(self.args.output_dir)
+            found = checkpoints.newest_complete(self._folder)
             if found is None:
                 raise ValueError(f"resume_from_checkpoint: no complete checkpoint in {self.args.output_dir}")
         elif resume_from_checkpoint:
@@ -441,7 +453,7 @@ def _teacher(model: Any, args: KDConfig, tokenizer: PreTrainedTokenizerBase | No
     return model.eval()
 
 
-def _verify(argument: str, model: nn.Module) -> None:
+def _verify(argument: str, model: Any) -> None:
     ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     was_training = model.training
     model.eval()

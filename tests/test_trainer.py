@@ -14,8 +14,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from fastkd.evaluation import token_metrics
-from fastkd.hf import hidden_states_and_head
+from fastkd.hf import Head, hidden_states_and_head
 from fastkd.report import read_metrics
+from fastkd.signals import TeacherHidden
 from fastkd.trainer import KDConfig, KDTrainer, NonFiniteLossError
 
 from .tiny import VOCABULARY, rows, tiny_llama, tiny_tokenizer
@@ -193,13 +194,11 @@ def test_evaluation_sums_over_tokens(tmp_path):
 
 def test_token_metrics_know_softcap_and_unequal_vocabularies():
     generator = torch.Generator().manual_seed(0)
-    from fastkd.hf import Head
-
     head = Head(torch.randn(11, 4, generator=generator), torch.randn(11, generator=generator), softcap=3.0, scale=0.5)
     teacher = Head(torch.randn(9, 6, generator=generator))
     h, t = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 6, generator=generator)
     labels = torch.tensor([[1, -100, 10], [-100, -100, 8]])
-    found = token_metrics(h, head, t, teacher, labels)
+    found = token_metrics(h, head, TeacherHidden(t, teacher.weight), labels)
     zs, zt = head.logits(h), teacher.logits(t)
     p, log_q = zt.softmax(-1), zs[..., :9].log_softmax(-1)
     kl = (p * (p.log() - log_q)).sum(-1)

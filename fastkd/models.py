@@ -1,0 +1,252 @@
+"""Loading what is distilled: models and tokenizers by name or path, GGUF files, and students cut from a teacher's layers."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+__all__ = ["check_tokenizers", "keep_layers", "load_model", "load_tokenizer"]
+
+_SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    gguf_file: str | None = None,
+    layers: Sequence[int] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A causal language model, in eval mode.
+
+    Args:
+        name_or_path: a name on the hub, a folder, or a `.gguf` file.
+        dtype: a torch dtype or its name; None is the checkpoint's own (float32 for a GGUF file, whose weights are dequantised).
+        gguf_file: the GGUF file's name in the repository or folder. It is converted once; later loads read the converted copy.
+        layers: keep these decoder layers only, see `keep_layers`.
+        cache_dir: where converted GGUF files go; default `$XDG_CACHE_HOME/fastkd` or `~/.cache/fastkd`.
+        kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: unknown dtype, or layers that cannot be kept.
+        FileNotFoundError: a path or GGUF file that does not exist.
+    """
+    source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **kwargs)
+    return model if layers is None else keep_layers(model, layers)
+
+
+def load_tokenizer(
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `load_model`'s model; one without a padding token pads with its end-of-sequence token.
+
+    Raises:
+        FileNotFoundError: a path or GGUF file that does not exist.
+    """
+    source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A new model with copies of some of `model`'s decoder layers, in the given order, and of everything outside them.
+
+    The layers are renumbered, and config entries with one value per layer (`layer_types`, ...) are cut alike, so that the result
+    can be saved and loaded like any other. `model` is unchanged.
+
+    Args:
+        layers: indices from 0, each at most once.
+
+    Raises:
+        ValueError: an empty list, a duplicate, an index out of range, or a model of which the config cannot describe the cut (for
+            instance one whose layers differ by a rule in their index).
+    """
+    layers = list(layers)
+    n_layers = model.config.get_text_config().num_hidden_layers
+    if not layers:
+        raise ValueError("layers is empty; expected the indices of the decoder layers to keep")
+    for i in layers:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n_layers:
+            raise ValueError(f"layers has {i!r}; expected indices from 0 to {n_layers - 1}, since the model has {n_layers} layers")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers has duplicates: {sorted(i for i in set(layers) if layers.count(i) > 1)}")
+
+    path = _decoder_layers(model, n_layers)
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    full = owner.get_submodule(name)
+    assert isinstance(full, nn.ModuleList)
+    try:  # so that only what is kept is copied
+        setattr(owner, name, nn.ModuleList([full[i] for i in layers]))
+        student = copy.deepcopy(model)
+    finally:
+        setattr(owner, name, full)
+    student.zero_grad(set_to_none=True)
+    _cut_config(student.config.get_text_config(), n_layers, layers)
+
+    # What `from_pretrained` would build from this config must be what we have, but for the layers' own numbers.
+    try:
+        config = type(student.config).from_dict(student.config.to_dict())
+        with torch.device("meta"):
+            rebuilt = type(student)(config)
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__}: no config describes layers {layers} ({type(error).__name__}: {error})") from error
+    _check_shapes(student, rebuilt, layers)
+    for old, new in zip(student.get_submodule(path).named_modules(), rebuilt.get_submodule(path).named_modules(), strict=True):
+        _renumber(type(model).__name__, path, old, new)
+    return student
+
+
+def check_tokenizers(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a token id means the same to student and teacher; ids that only one of them knows do not matter.
+
+    Raises:
+        ValueError: naming the lowest id on which they differ and both tokens.
+    """
+    student = {i: token for token, i in student_tokenizer.get_vocab().items()}
+    teacher = {i: token for token, i in teacher_tokenizer.get_vocab().items()}
+    different = [i for i in student.keys() & teacher.keys() if student[i] != teacher[i]]
+    if different:
+        i = min(different)
+        raise ValueError(
+            f"the tokenizers differ: id {i} is {student[i]!r} to the student and {teacher[i]!r} to the teacher "
+            f"({len(different)} of {len(student.keys() & teacher.keys())} shared ids differ); expected one vocabulary"
+        )
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or dtype == "auto":
+        return "auto"
+    found = getattr(torch, _SHORT_DTYPES.get(dtype, dtype).removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is unknown; expected a floating-point torch dtype or its name, such as 'bfloat16'")
+    return found
+
+
+def _resolve(
+    name_or_path: str | os.PathLike[str], gguf_file: str | None, cache_dir: str | os.PathLike[str] | None, kwargs: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is to load, and the arguments left for it: GGUF files become the folder of their converted copy."""
+    source = os.fspath(name_or_path)
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf" and gguf_file is None:
+        return str(_converted_gguf(path, cache_dir)), kwargs
+    if not path.exists() and (source.startswith((".", "~", os.sep)) or path.suffix == ".gguf"):
+        raise FileNotFoundError(f"no model at {source!r}: no such file or folder")
+    if gguf_file is None:
+        return (str(path) if path.exists() else source), kwargs
+    if path.exists():
+        file = path / gguf_file
+    else:
+        of_hub = {k: kwargs.pop(k) for k in ("revision", "token", "local_files_only", "subfolder") if k in kwargs}
+        file = Path(cached_file(source, gguf_file, **of_hub) or "")
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {gguf_file!r} in {source!r}")
+    return str(_converted_gguf(file, cache_dir)), kwargs
+
+
+def _converted_gguf(file: Path, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The folder with the safetensors copy of a GGUF file and its tokenizer; made if it is not there yet."""
+    root = Path(cache_dir) if cache_dir is not None else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fastkd"
+    root = root.expanduser() / "gguf"
+    stat = file.stat()
+    with file.open("rb") as f:  # size, time and the header with all metadata tell files apart; hashing gigabytes would take longer
+        head = hashlib.sha256(f.read(1 << 20)).hexdigest()
+    key = {"file": file.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "head": head, "transformers": transformers.__version__}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    target = root / f"{file.stem}-{digest}"
+    if target.is_dir():
+        return target
+
+    root.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        # The weights are dequantised, but the model still says that it is quantised, and would refuse to be saved.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+        (partial / "source.json").write_text(json.dumps(key, indent=2) + "\n")
+        partial.chmod(0o755)
+        try:
+            partial.rename(target)  # atomic: a reader sees nothing or all of it
+        except OSError:
+            if not target.is_dir():  # else another process was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _decoder_layers(model: nn.Module, n_layers: int) -> str:
+    """The path of the list of decoder layers: the one outermost ModuleList of that length."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers and not inside:
+            found.append(path)
+    if len(found) != 1:
+        raise ValueError(f"{type(model).__name__}: expected one list of {n_layers} decoder layers, found {found or 'none'}")
+    return found[0]
+
+
+def _cut_config(config: Any, n_layers: int, layers: list[int]) -> None:
+    """Edit a config in place so that it describes the kept layers."""
+    for name, value in list(config.to_dict().items()):
+        if "layer" not in name and "block" not in name:
+            continue
+        if name in ("mlp_only_layers", "moe_layers", "attn_layer_indices"):  # indices of layers
+            setattr(config, name, [layers.index(i) for i in value or [] if i in layers])
+        elif isinstance(value, list) and len(value) == n_layers:  # one entry per layer
+            setattr(config, name, [value[i] for i in layers])
+    if isinstance(getattr(config, "first_k_dense_replace", None), int):  # a number of leading layers
+        config.first_k_dense_replace = sum(i < config.first_k_dense_replace for i in layers)
+    config.num_hidden_layers = len(layers)
+
+
+def _check_shapes(student: nn.Module, rebuilt: nn.Module, layers: list[int]) -> None:
+    have = {k: v.shape for k, v in student.state_dict().items()}
+    want = {k: v.shape for k, v in rebuilt.state_dict().items()}
+    wrong = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    if wrong:
+        raise ValueError(f"{type(student).__name__}: its config cannot describe layers {layers}; {wrong[0]} would not load")
+
+
+def _renumber(model: str, path: str, old: tuple[str, nn.Module], new: tuple[str, nn.Module]) -> None:
+    """Give a kept layer's module its new number, and check that nothing else in it depends on its place."""
+    for key, expected in _plain_attributes(new[1]):
+        value = getattr(old[1], key, None)
+        if key in ("layer_idx", "layer_id", "layer_number", "block_idx"):
+            setattr(old[1], key, expected)
+        elif value != expected:
+            raise ValueError(f"{model}: {path}.{old[0]}.{key} is {value!r}, but a model loaded from its config would have {expected!r}")
+
+
+def _plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for key, value in vars(module).items():
+        if not key.startswith("_") and key not in ("training", "gradient_checkpointing") and isinstance(value, int | float | str | None):
+            yield key, value

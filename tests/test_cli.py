@@ -1,0 +1,152 @@
+"""The command line, from configuration to a folder that `from_pretrained` loads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastkd.cli import main
+from fastkd.config import load_config
+from fastkd.report import read_metrics
+
+from .tiny import rows, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a teacher, data and a configuration, as a user would have it; it is the current directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(2, hidden=24, layers=4).save_pretrained("teacher")
+    tiny_tokenizer().save_pretrained("teacher")
+    for name, n, seed in (("train", 16, 0), ("eval", 6, 1)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(n, seed)))
+    Path("run.yaml").write_text(
+        """
+student: {from: teacher, layers: [0, 2, 3]}
+teacher: teacher
+data: {train: train.jsonl, eval: eval.jsonl, max_length: 16}
+loss: {divergence: jsd, beta: 0.3, kd_ratio: 0.8, temperature: 2}
+training: {max_steps: 6, per_device_train_batch_size: 4, learning_rate: 3e-3, logging_steps: 2, save_steps: 2, use_cpu: true, disable_tqdm: true}
+output_dir: out
+"""
+    )
+    return tmp_path
+
+
+def fails(capsys, *words: str) -> str:
+    """The one line that a failing command writes; its status must be 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(words))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("fastkd: ")]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+def test_distill_from_configuration_to_student(place, capsys):
+    assert main(["distill", "run.yaml", "loss.temperature=1.5"]) == 0
+    student = AutoModelForCausalLM.from_pretrained("out")
+    assert student.config.num_hidden_layers == 3
+    assert AutoTokenizer.from_pretrained("out").eos_token == "</s>"
+    found = read_metrics("out")
+    evaluations = [row for row in found if "eval_kl" in row]
+    assert [row["step"] for row in evaluations] == [0, 6]
+    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
+    training = [row for row in found if "loss" in row]
+    assert [row["step"] for row in training] == [2, 4, 6]
+    wanted = {"step", "stage", "teacher", "temperature", "kd_ratio", "loss", "kd", "ce", "tokens", "lr"}
+    assert all(wanted <= row.keys() for row in training)
+    assert training[0]["temperature"] == 1.5
+    plan = json.loads(Path("out/plan.json").read_text())
+    assert plan["stages"][0]["steps"] == 6
+    assert plan["config"]["loss"]["parameters"] == {"beta": 0.3}
+    report = Path("out/report.html").read_text()
+    assert report.count("<svg") == 1
+    assert "KL to the teacher" in report
+    assert not any(word in report for word in ("<script", "src=", 'href="http'))  # opens offline
+
+
+def test_resume_gives_the_uninterrupted_students_weights(place, capsys):
+    assert main(["distill", "run.yaml"]) == 0
+    whole = AutoModelForCausalLM.from_pretrained("out").state_dict()
+    script = (
+        "import os\nfrom transformers import TrainerCallback\nfrom fastkd import trainer\n"
+        "class Kill(TrainerCallback):\n"
+        "    def on_step_end(self, args, state, control, **kwargs):\n"
+        "        if state.global_step == 5: os.kill(os.getpid(), 9)\n"
+        "init = trainer.KDTrainer.__init__\n"
+        "def patched(self, *a, **k):\n    init(self, *a, **k)\n    self.add_callback(Kill())\n"
+        "trainer.KDTrainer.__init__ = patched\n"
+        "from fastkd.cli import main\nmain(['distill', 'run.yaml', 'output_dir=cut'])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    assert "already holds a run" in fails(capsys, "distill", "run.yaml", "output_dir=cut")
+    assert main(["distill", "run.yaml", "--resume", "output_dir=cut"]) == 0
+    resumed = AutoModelForCausalLM.from_pretrained("cut").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    timeless = [
+        [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in read_metrics(folder) if "train_loss" not in row]
+        for folder in ("out", "cut")
+    ]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_without_a_checkpoint_begins_at_the_beginning(place, caplog):
+    assert main(["distill", "run.yaml", "--resume", "training.max_steps=2"]) == 0
+    assert "starting from the beginning" in caplog.text
+
+
+def test_init_writes_a_configuration_that_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "mine.yaml"]) == 0
+    assert load_config("mine.yaml").loss.divergence == "forward_kl"
+    Path("mine.yaml").write_text("precious")
+    assert "exists already" in fails(capsys, "init", "mine.yaml")
+    assert Path("mine.yaml").read_text() == "precious"
+    assert "no/such" in fails(capsys, "init", "no/such/folder.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["distill", "missing.yaml"], "missing.yaml: no such file"),
+        (["distill", "run.yaml", "lss.temperature=2"], "run.yaml: lss: unknown key; did you mean 'loss'?"),
+        (["distill", "run.yaml", "loss.temperature=0"], "run.yaml: loss.temperature"),
+        (["distill", "run.yaml", "data.train=nowhere.jsonl"], "run.yaml: data.train: nowhere.jsonl"),
+        (["distill", "run.yaml", "data.columns={prompt: question}"], "run.yaml: data.train"),
+        (["distill", "run.yaml", "teacher=./nowhere", "student=teacher"], "run.yaml: teacher: no model at './nowhere'"),
+        (["distill", "run.yaml", "student.layers=[0, 9]"], "run.yaml: student: layers has 9"),
+        (["distill", "run.yaml", "plan=pocl"], "run.yaml: plan: not available in this version"),
+        (["distill", "run.yaml", "training.lr_scheduler_type=zigzag"], "run.yaml: training.lr_scheduler_type"),
+        (["distill", "run.yaml", "--resum"], "unrecognized arguments: --resum"),
+        (["distil", "run.yaml"], "invalid choice: 'distil'"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_a_users_mistake_is_one_line(place, capsys, words, expected):
+    assert expected in fails(capsys, *words)
+    assert not Path("out").exists()
+
+
+def test_a_loss_that_is_not_finite_is_one_line_with_the_samples(place, capsys):
+    broken = tiny_llama(2, hidden=24, layers=4)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("inf"))
+    broken.save_pretrained("broken")
+    tiny_tokenizer().save_pretrained("broken")
+    line = fails(capsys, "distill", "run.yaml", "teacher=broken", "student=teacher", "data.eval=null")
+    assert "teacher" in line or "not finite at step 1; samples: s" in line
+
+
+def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
+    import fastkd.cli
+
+    monkeypatch.setattr(fastkd.cli, "__file__", str(tmp_path / "fastkd" / "cli.py"))
+    assert "needs a checkout" in fails(capsys, "bench")
