@@ -132,7 +132,7 @@ def test_a_crash_while_saving_leaves_no_checkpoint(tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_is_refused_by_name_and_skipped_by_true(tmp_path):
     run(tmp_path).train()
     (tmp_path / "checkpoint-8" / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match="optimizer.pt: missing"):
+    with pytest.raises(ValueError, match=r"optimizer\.pt: missing"):
         run(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     again = run(tmp_path)
     again.train(resume_from_checkpoint=True)
@@ -143,8 +143,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_skipped_by_true(tmp_path):
 
 def test_the_best_checkpoint_is_kept_and_known_by_its_place(tmp_path):
     best = run(
-        tmp_path, eval_data=rows(4, seed=3), eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1, load_best_model_at_end=True,
-        metric_for_best_model="kl", greater_is_better=False, learning_rate=0.3,
+        tmp_path, eval_data=rows(4, seed=3), eval_strategy="steps", eval_steps=1, save_steps=1, save_total_limit=1,
+        load_best_model_at_end=True, metric_for_best_model="kl", greater_is_better=False, learning_rate=0.3,
     )  # fmt: skip
     best.train()
     kept = sorted(p.name for p in tmp_path.glob("checkpoint-*"))

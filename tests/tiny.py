@@ -5,35 +5,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "plus",
-    "minus",
-    "is",
-    "what",
-    "and",
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "mat",
-]
+WORDS = (  # noqa: SIM905
+    "<pad> <s> </s> <unk> one two three four five six seven eight nine ten plus minus is what and the a cat dog sat ran on mat"
+).split()
 VOCABULARY = 40
 
 
