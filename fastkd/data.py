@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -239,7 +240,7 @@ def tokenize(
 
     Args:
         dataset: as `load_rows` returns it.
-        tokenizer: a tokenizer of transformers.
+        tokenizer: a tokenizer of transformers; None will do for ``input_ids``, whose range is then not checked.
         max_length: longest row in tokens, >= 2; longer ones lose their end. None: no limit.
         completion_only_loss: count the completion's or the assistant's tokens alone, each with its end token. None: yes for
             ``prompt`` + ``completion`` and ``messages``, and as ``labels`` or ``completion_mask`` say for ``input_ids``. In
@@ -281,7 +282,7 @@ def tokenize(
         dataset.with_format(None)
         .select_columns(wanted)
         .map(
-            _Tokenizer(tokenizer, shape, max_length, only, chat_template, name, _special_prefix(tokenizer)),
+            _Tokenizer(tokenizer, shape, max_length, only, chat_template, name, [] if shape == "input_ids" else _special_prefix(tokenizer)),
             with_indices=True,
             remove_columns=wanted,
             features=Features(
@@ -448,7 +449,7 @@ class _Tokenizer:
 
     def _tokenized(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
         ids = self._integers(row, "input_ids")
-        size = len(self.tokenizer)
+        size = math.inf if self.tokenizer is None else len(self.tokenizer)
         if any(not 0 <= token < size for token in ids):
             raise DataError(f"{self.place}: input_ids: expected ids in [0, {size}), the tokenizer's size, got {min(ids)} to {max(ids)}")
         counts = [True] * len(ids)
