@@ -32,6 +32,16 @@ __all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError"]
 _STATE = "kd_state.json"
 
 
+# Options of TrainingArguments that would have no effect, or a wrong one.
+_REFUSED = {
+    "remove_unused_columns": "the batches carry columns that no model's forward names",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "label_smoothing_factor": "the loss is fastkd's own, which has none",
+    "batch_eval_metrics": "compute_metrics is called once, with all tokens",
+    "torch_compile": "the student's head is taken out of its forward; compile its layers instead (`layer.compile()` for each)",
+}
+
+
 class NonFiniteLossError(RuntimeError):
     """The loss of a batch was not finite; the message names the samples."""
 
@@ -82,9 +92,9 @@ class KDConfig(TrainingArguments):
             raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
         if self.logits_dtype is not None and not isinstance(getattr(torch, self.logits_dtype, None), torch.dtype):
             raise ValueError(f"logits_dtype: expected the name of a torch dtype, got {self.logits_dtype!r}")
-        for name in ("remove_unused_columns", "logging_nan_inf_filter"):
-            if getattr(self, name):
-                raise ValueError(f"{name}: must be False for distillation")
+        for name, why in _REFUSED.items():
+            if getattr(self, name, False):
+                raise ValueError(f"{name}: must be left off: {why}")
 
 
 @dataclass

@@ -167,6 +167,24 @@ def test_padding_changes_nothing(tmp_path):
     assert_same(keeps[1], keeps[0])
 
 
+@pytest.mark.parametrize("change", ["checkpointing", "compiled layers", "bf16"])
+def test_ways_to_run_the_body(tmp_path, change):
+    expected, student = naive_gradients(8), tiny_llama(1)
+    keep, options, tolerance = FirstGradients(), {}, 2e-5
+    if change == "checkpointing":
+        options["gradient_checkpointing"] = True
+    elif change == "compiled layers":
+        for layer in student.model.layers:
+            layer.compile(backend="eager")
+    else:
+        options["bf16"], tolerance = True, 0.15
+    settings = {"per_device_train_batch_size": 8, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    run = trainer(tmp_path, student, callbacks=[keep], **settings, **options)
+    run.train()
+    assert all(value.dtype == torch.float32 for value in keep.found.values())
+    assert_same(keep.found, expected, tolerance)
+
+
 def test_evaluation_sums_over_tokens(tmp_path):
     student, teacher = tiny_llama(1), tiny_llama(2, hidden=24, layers=3)
     held_out = rows(7, seed=5)
@@ -349,6 +367,8 @@ def test_a_collator_of_ones_own(tmp_path):
         (lambda f: config(f, logits_dtype="float17"), "logits_dtype"),
         (lambda f: config(f, remove_unused_columns=True), "remove_unused_columns"),
         (lambda f: config(f, logging_nan_inf_filter=True), "logging_nan_inf_filter"),
+        (lambda f: config(f, label_smoothing_factor=0.1), "label_smoothing_factor"),
+        (lambda f: config(f, torch_compile=True), "torch_compile"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(tmp_path, change, message):
