@@ -357,7 +357,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     step = 1 << 24
     for start in range(0, flat.numel(), step):
         block = flat[start : start + step]
-        flat_out[start : start + step] = block.to(scale.dtype) * scale
+        torch.mul(block.to(scale.dtype), scale, out=flat_out[start : start + step])
     return out
 
 

@@ -13,6 +13,7 @@ To add a divergence: write its tile function and its reference ``g`` here, add a
 ``tests/divergence_cases.py`` (a test fails when the row is missing).
 """
 
+import builtins
 import math
 import types
 from collections.abc import Callable
@@ -41,7 +42,6 @@ class _TorchLanguage:
     exp = staticmethod(torch.exp)
     log = staticmethod(torch.log)
     abs = staticmethod(torch.abs)
-    where = staticmethod(torch.where)
 
     @staticmethod
     def maximum(x, y):
@@ -52,96 +52,139 @@ class _TorchLanguage:
         return torch.clamp(x, max=y) if isinstance(y, float) else torch.minimum(x, y)
 
 
-_TORCH_NAMES: dict[str, Any] = {"tl": _TorchLanguage}
+# The globals of the tile functions' torch versions.
+_TORCH_NAMES: dict[str, Any] = {"tl": _TorchLanguage, "__builtins__": builtins}
 
 
-def _tile(fn):
-    """Compile a tile function for Triton, and keep the same code bound to torch under its name."""
-    _TORCH_NAMES[fn.__name__] = types.FunctionType(fn.__code__, _TORCH_NAMES, fn.__name__)
+def _tile(fn=None, *, torch_version=None):
+    """Compile a tile function for Triton, and keep the same code, or ``torch_version``, bound to torch under its name."""
+    if fn is None:
+        return lambda fn: _tile(fn, torch_version=torch_version)
+    _TORCH_NAMES[fn.__name__] = torch_version or types.FunctionType(fn.__code__, _TORCH_NAMES, fn.__name__)
     return triton.jit(fn) if triton is not None else _TORCH_NAMES[fn.__name__]
 
 
+# Operations for which torch has a better equivalent: on a CPU, a boolean mask and a `where` cost as much as two exponentials.
+
+
+@_tile(torch_version=lambda x: torch.nan_to_num(x, nan=0.0, posinf=math.inf, neginf=-math.inf))
+def _zero_if_nan(x):
+    return tl.where(x == x, x, 0.0)
+
+
+@_tile(torch_version=lambda x: torch.nan_to_num(x, nan=0.0, posinf=1000.0, neginf=-1000.0))
+def _finite(x):
+    return tl.where(x == x, tl.minimum(tl.maximum(x, -1000.0), 1000.0), 0.0)
+
+
+@_tile(torch_version=lambda x: torch.lt(x, 0.0, out=torch.empty_like(x)))
+def _is_negative(x):
+    return tl.where(x < 0.0, 1.0, 0.0)
+
+
+@_tile(torch_version=torch.expm1)
+def _expm1(x):
+    series = x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0))
+    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * (1.0 + series))))
+    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+
+
 # Tile functions. lp, lq: log-probabilities, -inf outside the vocabulary or where a probability is 0; a, b: the divergence's
-# parameters; w: its row statistic. The comparisons with 0 keep 0 * inf out; written so, a NaN in the logits still comes through.
+# parameters; w: its row statistic. 0 * inf is 0 (`_zero_if_nan`), while a NaN in the logits, which makes all of its row NaN, still comes
+# through: in every g there is a term that lets it pass.
+
+
+@_tile
+def _forward_kl_terms(lp, lq, p, q):
+    h = q - p
+    return _zero_if_nan(p * (lp - lq)) + h, h
+
+
+@_tile
+def _reverse_kl_terms(lp, lq, p, q):
+    # q underflows to 0 long before it is 0: where the teacher has no mass, the divergence is infinite all the same. So q is kept above
+    # 0, and d above -1000, where q * d is 0 anyway.
+    d = tl.maximum(_zero_if_nan(lq - lp), -1000.0)
+    h = tl.maximum(q, 1e-37) * d
+    return h + (p - q), h
 
 
 @_tile
 def _forward_kl(lp, lq, a, b, w):
-    p = tl.exp(lp)
-    h = tl.exp(lq) - p
-    return tl.where(p == 0.0, 0.0, p * (lp - lq)) + h, h
+    return _forward_kl_terms(lp, lq, tl.exp(lp), tl.exp(lq))
 
 
 @_tile
 def _reverse_kl(lp, lq, a, b, w):
-    q = tl.exp(lq)
-    d = lq - lp
-    h = tl.where(q == 0.0, 0.0, q * d)
-    # q underflows to 0 long before it is 0: where the teacher has no mass, the divergence is infinite all the same.
-    return tl.where(d == float("inf"), d, h + (tl.exp(lp) - q)), h
+    return _reverse_kl_terms(lp, lq, tl.exp(lp), tl.exp(lq))
 
 
 @_tile
 def _symmetric_kl(lp, lq, a, b, w):
-    gf, hf = _forward_kl(lp, lq, a, b, w)
-    gr, hr = _reverse_kl(lp, lq, a, b, w)
+    p = tl.exp(lp)
+    q = tl.exp(lq)
+    gf, hf = _forward_kl_terms(lp, lq, p, q)
+    gr, hr = _reverse_kl_terms(lp, lq, p, q)
     return a * gf + (1.0 - a) * gr, a * hf + (1.0 - a) * hr
 
 
 @_tile
 def _adaptive_kl(lp, lq, a, b, w):
-    gf, hf = _forward_kl(lp, lq, a, b, w)
-    gr, hr = _reverse_kl(lp, lq, a, b, w)
-    gr = tl.where(w < 1.0, gr, 0.0)  # 0 * inf
-    return w * gf + (1.0 - w) * gr, w * hf + (1.0 - w) * hr
+    p = tl.exp(lp)
+    q = tl.exp(lq)
+    gf, hf = _forward_kl_terms(lp, lq, p, q)
+    gr, hr = _reverse_kl_terms(lp, lq, p, q)
+    return w * gf + _zero_if_nan((1.0 - w) * gr), w * hf + (1.0 - w) * hr
 
 
 @_tile
 def _mixture(lp, lq, share):
-    """log(p / m), log(q / m) and q / m for m = share * p + (1 - share) * q, without ever forming m.
+    """log(p / m) and log(q / m) for m = share * p + (1 - share) * q, without ever forming m; finite, so that 0 times them is 0.
 
-    With e = exp(-|log p - log q|), the larger of p and q divides out; the logarithm's argument is near 1 where p is near q, which
-    is where the difference of two rounded logarithms would lose its digits.
+    The larger of p and q divides out: m / max(p, q) = s = c + k * exp(x), with x = -|log p - log q| and c, k the shares of the larger
+    and the smaller. Where p is near q, log s is small and rounding s to a number near 1 loses its digits; s - 1 = k * expm1(x) has
+    them, and what s lost is added back, to first order. (log1p(s - 1) alone would lose those of an s near 0.)
     """
-    d = lp - lq
-    e = tl.exp(-tl.abs(d))
-    s = tl.where(d >= 0.0, share + (1.0 - share) * e, (1.0 - share) + share * e)
-    t = tl.log(s)
-    return tl.minimum(d, 0.0) - t, -tl.maximum(d, 0.0) - t, tl.where(d >= 0.0, e, 1.0) / s
+    d = _finite(lp - lq)  # infinity is 1000 here: exp(-1000) is 0
+    low_p = tl.minimum(d, 0.0)
+    low_q = low_p - d
+    x = low_p + low_q
+    c = tl.abs(_is_negative(d) - share)
+    k = 1.0 - c
+    s = c + k * tl.exp(x)
+    t = tl.log(s) + (k * _expm1(x) - (s - 1.0)) * s
+    return low_p - t, low_q - t
 
 
 @_tile
 def _skew_forward_kl(lp, lq, a, b, w):
     p = tl.exp(lp)
     q = tl.exp(lq)
-    log_pm, _, qm = _mixture(lp, lq, a)
-    g = tl.where(p == 0.0, 0.0, p * log_pm) + (1.0 - a) * (q - p)
-    return g, (1.0 - a) * tl.where(q == 0.0, 0.0, q - p * qm)
+    log_pm, log_qm = _mixture(lp, lq, a)
+    return p * log_pm + (1.0 - a) * (q - p), (1.0 - a) * (q - p * tl.exp(log_qm))
 
 
 @_tile
 def _skew_reverse_kl(lp, lq, a, b, w):
     p = tl.exp(lp)
     q = tl.exp(lq)
-    _, log_qm, qm = _mixture(lp, lq, 1.0 - a)
-    r = tl.where(q == 0.0, 0.0, q * log_qm)
-    return r + (1.0 - a) * (p - q), r + a * tl.where(q == 0.0, 0.0, q * (1.0 - qm))
+    _, log_qm = _mixture(lp, lq, 1.0 - a)
+    r = q * log_qm
+    return r + (1.0 - a) * (p - q), r - a * (q * _expm1(log_qm))
 
 
 @_tile
 def _jsd(lp, lq, a, b, w):
-    p = tl.exp(lp)
-    q = tl.exp(lq)
-    log_pm, log_qm, _ = _mixture(lp, lq, a)
-    h = (1.0 - a) * tl.where(q == 0.0, 0.0, q * log_qm)
-    return a * tl.where(p == 0.0, 0.0, p * log_pm) + h, h
+    log_pm, log_qm = _mixture(lp, lq, a)
+    h = (1.0 - a) * tl.exp(lq) * log_qm
+    return a * tl.exp(lp) * log_pm + h, h
 
 
 @_tile
 def _tvd(lp, lq, a, b, w):
     q = tl.exp(lq)
     d = q - tl.exp(lp)
-    return 0.5 * tl.abs(d), tl.where(d > 0.0, 0.5 * q, tl.where(d < 0.0, -0.5 * q, d))
+    return 0.5 * tl.abs(d), 0.5 * q * (_is_negative(-d) - _is_negative(d))
 
 
 @_tile
@@ -328,6 +371,7 @@ DEFINITIONS: dict[str, Definition] = {
             "AKL, 2404.02657: the head of the teacher's mass decides how forward and reverse KL mix",
             parameters=(Parameter("mu", 0.5, 0.0, 1.0),),
             statistic=_forward_share_by_sorting,
+            limits=(("mu", 1.0, "forward_kl"),),
         ),
     )
 }

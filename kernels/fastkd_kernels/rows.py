@@ -85,9 +85,9 @@ def _row_kernel(
             sum_1 = sum_1 * tl.exp(top_1 - top) + tl.sum(tl.exp(z - top), 0)
             top_1 = top
         label = tl.load(label_ptr + i_row)
-        z = _load_logits(zs_ptr, bs_ptr, label, V_s, scale_s, softcap_s, BIAS_S, CAP_S)
+        z_label = _load_logits(zs_ptr, bs_ptr, label, V_s, scale_s, softcap_s, BIAS_S, CAP_S)
         log_1 = tl.log(sum_1)
-        tl.store(ce_ptr + i_row, log_1 - (z - top_1))
+        tl.store(ce_ptr + i_row, log_1 - (z_label - top_1))
 
     share = 0.0
     if NEED_KD and STATISTIC:
@@ -206,6 +206,11 @@ def row_losses(
     teacher_bias: Tensor | None = None,
 ) -> None:
     """`rows_torch.row_losses` on a GPU. ``dz`` may also be a 16-bit view of ``student``'s first bytes, row by row."""
+    # The kernel steps through rows and vectors by one element.
+    weight = weight.contiguous()
+    labels, student_bias, teacher_bias = (None if x is None else x.contiguous() for x in (labels, student_bias, teacher_bias))
+    student = student if student.stride(1) == 1 else student.contiguous()
+    teacher = teacher if teacher is None or teacher.stride(1) == 1 else teacher.contiguous()
     width = student.shape[1]
     shared = width if teacher is None else min(width, teacher.shape[1])
     block, warps = row_config(width, spec.definition.statistic is not None)

@@ -9,6 +9,7 @@ from .spec import Head, RowSpec
 __all__ = ["row_losses"]
 
 BLOCK_BYTES = 1 << 20  # of one [rows, V] temporary; about ten are alive at a time
+RETAINED_BYTES = 31 << 20  # glibc follows blocks of up to 32 MiB
 
 
 def row_losses(
@@ -37,6 +38,10 @@ def row_losses(
     rows, width = student.shape
     compute = torch.promote_types(student.dtype, torch.float32)
     step = max(1, BLOCK_BYTES // (width * compute.itemsize))
+    if student.device.type == "cpu":
+        # glibc returns memory to the system once more of it is free than twice the largest mapped block freed so far; the temporaries
+        # would then be faulted in anew for every block of rows. Freeing one large block, never touched, keeps them.
+        torch.empty(RETAINED_BYTES, dtype=torch.uint8)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         zs = _final_logits(student[part], student_bias, spec.student, compute)
@@ -113,23 +118,28 @@ def _forward_share(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
     """
     p = log_p.exp()
     bits = torch.int32 if p.dtype == torch.float32 else torch.int64
+    mask = torch.empty_like(p)  # 0 or 1: on a CPU boolean masks are several times slower
+
+    def mass_above(threshold: Tensor) -> Tensor:
+        return torch.gt(p, threshold, out=mask).mul_(p).sum(-1, keepdim=True)
+
     limit = mu + MASS_TOLERANCE
     top = p.amax(-1, keepdim=True)
     high = top.view(bits)
     low = torch.zeros_like(high)
     for _ in range(31 if bits == torch.int32 else 63):
         middle = (low + high) // 2
-        fits = torch.where(p > middle.view(p.dtype), p, 0.0).sum(-1, keepdim=True) <= limit
+        fits = mass_above(middle.view(p.dtype)) <= limit
         high = torch.where(fits, middle, high)
         low = torch.where(fits, low, middle + 1)
     threshold = high.view(p.dtype)
-    above = p > threshold
-    room = limit - torch.where(above, p, 0.0).sum(-1, keepdim=True)
+    room = limit - mass_above(threshold)
     ties = torch.where(threshold > 0, room / threshold, float(p.shape[-1]))
     ties = torch.where(threshold == top, ties.clamp(min=1.0), ties).floor_()
-    at = p == threshold
-    head = above | (at & (at.cumsum(-1, dtype=torch.int32) <= ties))
-    gap = p.sub_(log_q.exp()).abs_()
+    at = torch.eq(p, threshold, out=mask)
+    at *= at.cumsum(-1) <= ties
+    gap = (p - log_q.exp()).abs_()
     total = gap.sum(-1, keepdim=True)
-    share = torch.where(head, gap, 0.0).sum(-1, keepdim=True) / total
+    head = torch.gt(p, threshold, out=p).add_(at)
+    share = head.mul_(gap).sum(-1, keepdim=True) / total
     return torch.where(total == 0, 0.5, share)

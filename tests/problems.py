@@ -1,0 +1,158 @@
+"""Random losses to compute, and the same loss by the oracle."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import TeacherHidden, TeacherLogits, divergence, fused_linear_kd
+from fastkd.reference import reference_linear_kd
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arguments of `fused_linear_kd`. ``options`` are its keyword arguments, the divergence's apart."""
+
+    hidden: Tensor
+    weight: Tensor
+    teacher: TeacherHidden | TeacherLogits
+    labels: Tensor | None = None
+    bias: Tensor | None = None
+    name: str = "forward_kl"
+    parameters: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """With all floating point tensors in another dtype."""
+        return self._map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def to_device(self, device: str) -> "Problem":
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
+        def cast(x):
+            return function(x) if isinstance(x, Tensor) else x
+
+        teacher = type(self.teacher)(**{k: cast(v) for k, v in vars(self.teacher).items()})
+        options = {k: cast(v) for k, v in self.options.items()}
+        tensors = {k: cast(getattr(self, k)) for k in ("hidden", "weight", "labels", "bias")}
+        return replace(self, teacher=teacher, options=options, **tensors)
+
+    def with_options(self, **options) -> "Problem":
+        return replace(self, options={**self.options, **options})
+
+
+def make(
+    name: str = "forward_kl",
+    parameters: dict[str, float] | None = None,
+    *,
+    leading: tuple[int, ...] = (13,),
+    width: int = 37,
+    teacher_width: int | None = None,
+    d_student: int = 8,
+    d_teacher: int = 6,
+    std: float = 3.0,
+    close: float | None = None,
+    kind: str = "hidden",
+    labels: bool = True,
+    masked: float = 0.25,
+    bias: bool = False,
+    teacher_head: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Problem:
+    """A random problem whose logits have standard deviation ``std``.
+
+    close: the teacher is the student, its hidden states moved by this much (equal vocabularies and widths then).
+    kind: "hidden" or "logits", the teacher's signal. teacher_head: its softcap and scale. masked: share of ignored labels.
+    """
+    teacher_width = teacher_width or width
+    if close is not None:
+        teacher_width, d_teacher = width, d_student
+    hidden = torch.randn(*leading, d_student, dtype=dtype)
+    weight = torch.randn(width, d_student, dtype=dtype) * (std / d_student**0.5)
+    b = torch.randn(width, dtype=dtype) if bias else None
+    if close is None:
+        t_hidden = torch.randn(*leading, d_teacher, dtype=dtype)
+        t_weight, t_bias = torch.randn(teacher_width, d_teacher, dtype=dtype) * (std / d_teacher**0.5), None
+        if bias:
+            t_bias = torch.randn(teacher_width, dtype=dtype)
+    else:
+        t_hidden, t_weight, t_bias = hidden + close * torch.randn_like(hidden), weight.clone(), b
+    teacher: TeacherHidden | TeacherLogits = TeacherHidden(t_hidden, t_weight, t_bias, **(teacher_head or {}))
+    if kind == "logits":
+        teacher = TeacherLogits(t_hidden @ t_weight.T + (0 if t_bias is None else t_bias))
+    y = None
+    if labels:
+        y = torch.randint(width, leading)
+        y[torch.rand(leading) < masked] = -100
+    return Problem(hidden, weight, teacher, y, b, name, dict(parameters or {}), options)
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def _run(problem: Problem, loss_of, upstream: float) -> Result:
+    leaves = {"hidden": problem.hidden, "weight": problem.weight, "bias": problem.bias}
+    leaves = {k: v.detach().clone().requires_grad_() for k, v in leaves.items() if v is not None}
+    loss = loss_of(leaves)
+    loss.backward(torch.tensor(upstream, dtype=loss.dtype, device=loss.device))
+    return Result(loss.detach(), {k: v.grad for k, v in leaves.items() if v.grad is not None})
+
+
+def fused(problem: Problem, upstream: float = 1.0, **more: Any) -> Result:
+    """Loss and gradients by `fused_linear_kd`."""
+    return _run(
+        problem,
+        lambda x: fused_linear_kd(
+            x["hidden"], x["weight"], problem.teacher, problem.labels, student_bias=x.get("bias"),
+            divergence=divergence(problem.name, **problem.parameters), **{**problem.options, **more},
+        ),
+        upstream,
+    )  # fmt: skip
+
+
+def oracle(problem: Problem, upstream: float = 1.0, dtype: torch.dtype | None = torch.float64) -> Result:
+    """The same by plain torch, in ``dtype`` (None: the problem's own)."""
+    if dtype is not None:
+        problem = problem.to(dtype)
+    ours_alone = {"chunk_tokens", "impl", "logits_dtype"}
+    options = {k: v for k, v in problem.options.items() if k not in ours_alone}
+    return _run(
+        problem,
+        lambda x: reference_linear_kd(
+            x["hidden"], x["weight"], problem.teacher, problem.labels, student_bias=x.get("bias"),
+            divergence=problem.name, parameters=problem.parameters, **options,
+        ),
+        upstream,
+    )  # fmt: skip
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """Norm of the error over the norm of the truth."""
+    truth = truth.double()
+    return float((x.double() - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def assert_close(result: Result, truth: Result, tolerance: float = 1e-9) -> None:
+    """Loss and every gradient agree to ``tolerance``, relative to the largest element."""
+    assert result.gradients.keys() == truth.gradients.keys()
+    for what, x, y in [("loss", result.loss, truth.loss), *((k, result.gradients[k], truth.gradients[k]) for k in truth.gradients)]:
+        assert x.shape == y.shape
+        error = float((x.double() - y.double()).abs().max())
+        bound = tolerance * max(1e-3, float(y.abs().max()))
+        assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+def assert_within_rule(result: Result, plain: Result, truth: Result) -> None:
+    """The error rule: at most twice the error of plain torch in the same dtype, plus 1e-4 (nats; gradients relative to their norm)."""
+    error, reference = abs(float(result.loss) - float(truth.loss)), abs(float(plain.loss) - float(truth.loss))
+    assert error <= 2 * reference + 1e-4, f"loss: off by {error:.3g}, plain torch by {reference:.3g}"
+    for name, gradient in truth.gradients.items():
+        error, reference = relative_error(result.gradients[name], gradient), relative_error(plain.gradients[name], gradient)
+        assert error <= 2 * reference + 1e-4, f"gradient of {name}: off by {error:.3g} of its norm, plain torch by {reference:.3g}"
