@@ -2,6 +2,7 @@
 
 import torch
 from datasets import Dataset
+
 from fastkd.models import keep_layers
 from fastkd.trainer import KDConfig, KDTrainer
 
