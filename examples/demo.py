@@ -61,7 +61,7 @@ def generate(model, tokenizer, question: str) -> str:
 
 def main(overrides: list[str]) -> None:
     from fastkd.cli import main as fastkd
-    from fastkd.config import load_config
+    from fastkd.config import ConfigError, load_config
     from fastkd.models import keep_layers, load_model, load_tokenizer
     from fastkd.report import read_metrics
 
@@ -76,7 +76,10 @@ def main(overrides: list[str]) -> None:
         f"output_dir={folder}",
         *overrides,
     ]
-    config = load_config(CONFIG, overrides)
+    try:
+        config = load_config(CONFIG, overrides)
+    except ConfigError as error:
+        sys.exit(f"demo: {error}")
     folder = Path(config.output_dir)
     print(f"== 2. fastkd distill {CONFIG.relative_to(ROOT)}: 135M parameters into 99M; the teacher's file is converted once")
     began = time.time()

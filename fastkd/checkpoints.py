@@ -31,10 +31,12 @@ def commit(staging: Path, final: Path) -> None:
     _flush(manifest)
     for folder in {staging, *(f for f in staging.rglob("*") if f.is_dir())}:
         _flush(folder)
+    old = staging.with_name(f"{final.name}-old")
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     staging.rename(final)
     _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def find_problems(checkpoint: Path) -> list[str]:
@@ -43,7 +45,7 @@ def find_problems(checkpoint: Path) -> list[str]:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except FileNotFoundError:
         return [f"{checkpoint}: no {MANIFEST}: the checkpoint was not finished, or not written by this library"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{checkpoint / MANIFEST}: not readable: {error}"]
     problems = []
     for name, facts in files.items():
@@ -67,20 +69,18 @@ def newest_complete(output_dir: str | os.PathLike) -> Path | None:
     return None
 
 
-def rotate(output_dir: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond ``keep``, never the newest one nor ``best``. None or 0 keeps all."""
+def rotate(new: Path, keep: int | None, best: str | None) -> None:
+    """Delete checkpoints beside ``new`` until ``keep`` are left, never ``new`` nor ``best``. None or 0 keeps all.
+
+    Those of later steps go first, as they are of an earlier run, then the oldest.
+    """
     if not keep:
         return
-    paths = [path for _, path in _numbered(output_dir)]
-    kept = {paths[-1].resolve()} if paths else set()
-    if best:
-        kept.add(Path(best).resolve())
-    for path in reversed(paths):
-        if len(kept) < keep:
-            kept.add(path.resolve())
-    for path in paths:
-        if path.resolve() not in kept:
-            shutil.rmtree(path)
+    steps = {path: step for step, path in _numbered(new.parent)}
+    kept = {new, Path(best).resolve() if best else new}
+    others = sorted((p for p in steps if p not in kept and p.resolve() not in kept), key=lambda p: (steps[p] < steps[new], steps[p]))
+    for path in others[: max(0, len(steps) - max(keep, len(kept)))]:
+        shutil.rmtree(path)
 
 
 def _numbered(output_dir: Path) -> list[tuple[int, Path]]:

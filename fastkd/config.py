@@ -117,6 +117,7 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     """
     file = os.fspath(path)
     raw = _read(file)
+    raw = _unshared(raw)
     for override in overrides:
         _override(file, raw, override)
     return _run(file, raw)
@@ -161,6 +162,13 @@ def _read(file: str) -> dict:
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected keys and values such as `student: NAME`, got {_describe(raw)}")
     return raw
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which YAML's aliases are trees of their own, so that an override of one leaves the other."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _override(file: str, raw: dict, override: str) -> None:
@@ -401,6 +409,11 @@ def _training(top: _Section) -> dict[str, Any]:
     from transformers import TrainingArguments  # takes seconds: only where there is something to check
 
     if isinstance(values, dict):
+        if "resume_from_checkpoint" in values:
+            top.fail("training.resume_from_checkpoint", "has no effect here; say `fastkd distill --resume`")
+        # YAML 1.1 reads `no` as false.
+        strategies = ("save_strategy", "eval_strategy", "logging_strategy")
+        values = {key: "no" if key in strategies and value is False else value for key, value in values.items()}
         for key in ("output_dir", "seed"):
             if key in values:
                 top.fail(f"training.{key}", f"belongs at the top level; write {key}: ... there")

@@ -78,7 +78,7 @@ def load_rows(
         if _looks_like_a_file(path):
             if name is not None or split_given is not None:
                 raise DataError(f"{label}: a file has neither name nor split; they are for data sets on the hub")
-            dataset = _read_file(Path(path).expanduser())
+            dataset = _read_file(Path(path).expanduser(), list((columns or {}).values()) or COLUMNS)
         else:
             dataset = _load_by_name(label, name, split_given or split)
     else:
@@ -98,7 +98,7 @@ def _looks_like_a_file(path: str | Path) -> bool:
     )
 
 
-def _read_file(path: Path) -> "Dataset":
+def _read_file(path: Path, needed: Sequence[str]) -> "Dataset":
     from datasets import Dataset
 
     if not path.exists():
@@ -117,10 +117,10 @@ def _read_file(path: Path) -> "Dataset":
     for row in rows:
         for key, column in values.items():
             column.append(row.get(key))
-    return Dataset.from_dict({key: column for key, column in values.items() if _has_one_type(path, key, column)})
+    return Dataset.from_dict({key: column for key, column in values.items() if _has_one_type(path, key, column, needed)})
 
 
-def _has_one_type(path: Path, key: str, column: list) -> bool:
+def _has_one_type(path: Path, key: str, column: list, needed: Sequence[str]) -> bool:
     """Arrow needs one type per column. Files that mix types do so in columns that training does not read: those are left out."""
     import pyarrow
 
@@ -129,6 +129,8 @@ def _has_one_type(path: Path, key: str, column: list) -> bool:
     try:
         pyarrow.array(column)
     except pyarrow.ArrowException as error:
+        if key in needed:
+            raise DataError(f"{path}: column {key!r}: its values mix types: {_one_line(error)}") from None
         warnings.warn(f"{path}: column {key!r} is left out, its values mix types: {_one_line(error)}", stacklevel=4)
         return False
     return True

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from . import gemm
 from .hf import Head
 from .reference import divergence_per_token
 from .signals import TeacherHidden
@@ -44,7 +45,8 @@ def token_metrics(
     top1 = torch.full((labels.numel(),), -100, device=labels.device)
     step = max(1, CHUNK_BYTES // (4 * (head.weight.shape[0] + teacher.weight.shape[0])))
     for part in rows.split(step):
-        zs, zt = _logits(hidden, head, part), _logits(teacher.hidden, teacher_head, part)
+        with torch.autocast(hidden.device.type, enabled=False):
+            zs, zt = _logits(hidden, head, part), _logits(teacher.hidden, teacher_head, part)
         out["kl"][part] = divergence_per_token(zs, zt)
         same = divergence == "forward_kl" and temperature == 1.0
         out["kd"][part] = out["kl"][part] if same else divergence_per_token(zs, zt, divergence, parameters, temperature)
@@ -55,6 +57,8 @@ def token_metrics(
 
 
 def _logits(hidden: Tensor, head: Head, rows: Tensor) -> Tensor:
-    """Final logits in fp32, from a product in the head's own dtype."""
+    """Final logits in fp32 (float64 for a float64 head), never rounded to fewer bits: the losses do not round them either."""
     x = hidden.flatten(0, -2)[rows].to(head.weight.dtype)
-    return head.finish(torch.nn.functional.linear(x, head.weight, head.bias).float())
+    z = torch.empty(len(rows), head.weight.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    gemm.logits(x, head.weight, z)
+    return head.finish(z if head.bias is None else z + head.bias)

@@ -14,13 +14,15 @@ from . import checkpoints
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows, tokenize
 from .models import check_tokenizers, load_model, load_tokenizer
-from .report import METRICS, write_report
+from .report import METRICS, read_metrics, write_report
 from .trainer import KDConfig, KDTrainer
 
 __all__ = ["distill"]
 
 # Where the configuration is silent; TrainingArguments' own defaults elsewhere.
 TRAINING_DEFAULTS = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
+
+PLAN = "plan.json"
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,7 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
         ValueError, TypeError, OSError: from data and models, before training. NonFiniteLossError: in training.
     """
     output = Path(config.output_dir)
-    if not resume and ((output / METRICS).exists() or any(output.glob("checkpoint-*"))):
-        raise ConfigError(f"{config.path}: output_dir: {output} already holds a run: say --resume, or choose another folder")
+    _check_folder(output, config, resume)
     with _blamed(config, "training"):
         args = _arguments(config)
     teacher_name, teacher_spec = next(iter(config.teachers.items()))
@@ -62,22 +63,24 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
         teacher = _load(teacher_spec, None)
     with _blamed(config, "student"):
         student = _load(student_spec, "float32")
-    trainer = KDTrainer(
-        student,
-        {teacher_name: teacher},
-        args,
-        train_data,
-        eval_data,
-        processing_class=tokenizer,
-        callbacks=[_PlanFile(config, teacher_name)],
-    )
+    with _blamed(config, "training"):
+        trainer = KDTrainer(
+            student,
+            {teacher_name: teacher},
+            args,
+            train_data,
+            eval_data,
+            processing_class=tokenizer,
+            callbacks=[_PlanFile(config, teacher_name)],
+        )
     start = checkpoints.newest_complete(output) if resume else None
     if resume and start is None:
         logger.warning("no complete checkpoint in %s: starting from the beginning", output)
     if start is None and eval_rows is not None:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    if eval_rows is not None:
+    evaluated = any(row["step"] == trainer.state.global_step and "eval_kl" in row for row in read_metrics(output))
+    if eval_rows is not None and not evaluated:
         trainer.evaluate()
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -90,8 +93,42 @@ def _blamed(config: RunConfig, key: str) -> Iterator[None]:
     """An error inside is the fault of this key of the configuration."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{config.path}: {key}: {error}") from error
+    except Exception as error:  # libraries raise all kinds for files and options that do not suit
+        name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{config.path}: {key}: {name}{error}") from error
+
+
+def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
+    """Nothing that is not this run's is overwritten."""
+
+    def refuse(why: str):
+        raise ConfigError(f"{config.path}: output_dir: {output} {why}")
+
+    for name, spec in (("student", config.student), *config.teachers.items()):
+        if Path(spec.model).resolve() == output.resolve():
+            refuse(f"is where {name!r} is read from; choose another folder")
+    finished, plan = output / "config.json", output / PLAN
+    if not resume:
+        if finished.exists() or (output / METRICS).exists() or any(output.glob("checkpoint-*")):
+            refuse("already holds a run or a model: say --resume, or choose another folder")
+        return
+    if not any(output.glob("checkpoint-*")) and finished.exists():
+        refuse("holds a student, but no checkpoint to resume from; choose another folder")
+    if plan.exists():
+        before, now = _flat(json.loads(plan.read_text())["config"]), _flat(config.to_dict())
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not key.startswith(_FREE):
+                refuse(f"was begun with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; to resume, use the same")
+
+
+# What may change on resuming: it has no effect on the weights.
+_FREE = ("path", "output_dir", "training.logging_", "training.save_", "training.eval_", "training.disable_tqdm", "training.report_to")
+
+
+def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {name: value for k, v in tree.items() for name, value in _flat(v, f"{key}.{k}" if key else k).items()}
 
 
 def _arguments(config: RunConfig) -> KDConfig:
@@ -134,7 +171,7 @@ class _PlanFile(TrainerCallback):
         stage = {"stage": 0, "teacher": self.teacher, "steps": state.max_steps, "temperature": loss.temperature, "kd_ratio": loss.kd_ratio}
         plan = {"stages": [stage], "config": self.config.to_dict()}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "plan.json").write_text(json.dumps(plan, indent=1) + "\n")
+        (Path(args.output_dir) / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
 
 
 def _described(spec: ModelSpec) -> str:

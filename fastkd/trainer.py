@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,30 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import checkpoints
-from .data import KDCollator, tokenize
+from .arguments import KDConfig
+from .data import KDCollator
 from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
-from .hf import Head, head_of, run_body, verify_head
-from .models import check_tokenizers, load_model, load_tokenizer
+from .hf import Head, head_of, run_body
+from .models import load_tokenizer
+from .preparation import (
+    check_apart,
+    check_best_metric,
+    check_fits,
+    check_head,
+    load_student,
+    load_teacher,
+    one_teacher,
+    pad_id,
+    place,
+    tokenized,
+)
 from .report import MetricsFile
 from .signals import TeacherHidden
 
@@ -32,69 +47,8 @@ __all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError"]
 _STATE = "kd_state.json"
 
 
-# Options of TrainingArguments that would have no effect, or a wrong one.
-_REFUSED = {
-    "remove_unused_columns": "the batches carry columns that no model's forward names",
-    "logging_nan_inf_filter": "a loss that is not finite stops the run",
-    "label_smoothing_factor": "the loss is fastkd's own, which has none",
-    "batch_eval_metrics": "compute_metrics is called once, with all tokens",
-    "torch_compile": "the student's head is taken out of its forward; compile its layers instead (`layer.compile()` for each)",
-}
-
-
 class NonFiniteLossError(RuntimeError):
     """The loss of a batch was not finite; the message names the samples."""
-
-
-@dataclass
-class KDConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the arguments of distillation.
-
-    Args:
-        divergence, divergence_parameters: a name in `fastkd.DIVERGENCES` and its parameters.
-        temperature: > 0, divides both models' logits. Not the sampling temperature.
-        temperature_squared: multiply the KD term by ``temperature ** 2``.
-        kd_ratio: in [0, 1], ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
-        max_length: tokens of a row; longer ones are cut on the right.
-        completion_only_loss: count only completions and assistants' turns; None: yes where the rows have them.
-        chat_template: apply the tokenizer's chat template to plain ``prompt`` and ``completion`` strings too.
-        chunk_tokens, logits_dtype ("float32" or the hidden states' dtype): as in `fused_linear_kd`.
-        model_init_kwargs, teacher_model_init_kwargs: keywords of `fastkd.models.load_model` for models given by name. A student is loaded
-            in float32 unless its ``dtype`` is given, a teacher in its checkpoint's dtype.
-    """
-
-    divergence: str = "forward_kl"
-    divergence_parameters: dict[str, float] | None = None
-    temperature: float = 1.0
-    temperature_squared: bool = True
-    kd_ratio: float = 1.0
-    max_length: int = 512
-    completion_only_loss: bool | None = None
-    chat_template: bool | None = None
-    chunk_tokens: int | None = None
-    logits_dtype: str | None = None
-    model_init_kwargs: dict[str, Any] | None = None
-    teacher_model_init_kwargs: dict[str, Any] | None = None
-    # The batches carry columns that no model's forward names.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
-    # A filter would hide the infinities that are to stop the run.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay False."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
-        divergence(self.divergence, **(self.divergence_parameters or {}))
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature}")
-        if not 0 <= self.kd_ratio <= 1:
-            raise ValueError(f"kd_ratio: expected a number in [0, 1], got {self.kd_ratio}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
-        if self.logits_dtype is not None and not isinstance(getattr(torch, self.logits_dtype, None), torch.dtype):
-            raise ValueError(f"logits_dtype: expected the name of a torch dtype, got {self.logits_dtype!r}")
-        for name, why in _REFUSED.items():
-            if getattr(self, name, False):
-                raise ValueError(f"{name}: must be left off: {why}")
 
 
 @dataclass
@@ -128,7 +82,8 @@ class KDTrainer(Trainer):
         plan: not available in this version.
 
     Evaluation adds, per counted token at temperature 1: ``kl`` (forward KL to the teacher), ``ce``, ``perplexity``, ``agreement`` (share of
-    tokens where both models' most probable token is the same); ``loss`` is the training objective. Every logging step and evaluation is
+    tokens where both models' most probable token is the same); ``loss`` is the training objective, without a router's auxiliary loss.
+    Every logging step and evaluation is
     also a row of ``output_dir/metrics.jsonl``.
 
     Raises:
@@ -168,22 +123,22 @@ class KDTrainer(Trainer):
         if args.world_size > 1 and not args.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: must be True: the loss is a mean over the tokens of all processes")
         if processing_class is None and isinstance(model, str | os.PathLike):
-            processing_class = load_tokenizer(model)
-        self.teacher_name, teacher_model = _one_teacher(teacher_model)
-        student = _student(model, args, peft_config)
-        self.teacher = _teacher(teacher_model, args, processing_class)
-        if self.teacher is student:
-            raise ValueError("teacher_model: the student itself; expected another model (copy.deepcopy makes one)")
+            processing_class = load_tokenizer(model, **place(args.model_init_kwargs))
+        self.teacher_name, teacher_model = one_teacher(teacher_model)
+        student = load_student(model, args, peft_config)
+        self.teacher = load_teacher(teacher_model, args, processing_class)
+        check_apart(student, self.teacher)
+        check_best_metric(args, eval_dataset, compute_metrics)
         if train_dataset is not None:
-            train_dataset = _tokenized(train_dataset, processing_class, args, "train")
+            train_dataset = tokenized(train_dataset, processing_class, args, "train")
         if isinstance(eval_dataset, Mapping):
-            eval_dataset = {name: _tokenized(d, processing_class, args, name) for name, d in eval_dataset.items()}
+            eval_dataset = {name: tokenized(d, processing_class, args, name) for name, d in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = _tokenized(eval_dataset, processing_class, args, "eval")
+            eval_dataset = tokenized(eval_dataset, processing_class, args, "eval")
         super().__init__(
             model=student,
             args=args,
-            data_collator=functools.partial(_with_shift_labels, data_collator or KDCollator(_pad_id(processing_class))),
+            data_collator=functools.partial(_with_shift_labels, data_collator or KDCollator(pad_id(processing_class))),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -193,9 +148,13 @@ class KDTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # so that the global number of counted tokens reaches compute_loss
         self.teacher.to(args.device)
+        for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])):
+            if data is not None:
+                check_fits(data, student, "the student")
+                check_fits(data, self.teacher, "the teacher")
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            _verify("model", student)
-            _verify("teacher_model", self.teacher)
+            check_head("model", student)
+            check_head("teacher_model", self.teacher)
         self._metrics = MetricsFile(self._folder)
         self._sums = _Sums()
 
@@ -217,7 +176,8 @@ class KDTrainer(Trainer):
             hidden, aux_loss = run_body(student, **batch)
             loss, parts = self._fused(hidden, head_of(student), signal, labels, num_items_in_batch)
             if aux_loss is not None:
-                # The router's loss is a mean over tokens: weighted like the tokens' own losses, it splits like them too.
+                # Weighted by the micro-batch's share of the tokens. How evenly a router balances depends on the micro-batch, so that
+                # this term, unlike the loss itself, is not the same however a batch is split.
                 total = parts.tokens if num_items_in_batch is None else num_items_in_batch
                 loss = loss + aux_loss.to(loss.dtype) * (parts.tokens / max(total, 1))
             return loss, parts
@@ -293,9 +253,32 @@ class KDTrainer(Trainer):
 
     # Evaluation. The Trainer's own averages batch means; here sums over tokens are gathered row by row.
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in `Trainer`; takes rows that are not tokenised too, and never drops the last ones."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._prepared(eval_dataset, "eval")
+        with _replaced(self.args, dataloader_drop_last=False):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As in `Trainer`; takes rows that are not tokenised too, and never drops the last ones."""
+        with _replaced(self.args, dataloader_drop_last=False):
+            return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+
+    def _prepared(self, dataset: Any, name: str) -> Dataset:
+        tokenizer: Any = self.processing_class
+        dataset = tokenized(dataset, tokenizer, self.args, name)
+        check_fits(dataset, self.model, "the student")
+        check_fits(dataset, self.teacher, "the teacher")
+        return dataset
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed: training must not depend on when it is evaluated
+            return self._evaluation_loop(dataloader, metric_key_prefix)
+
+    def _evaluation_loop(self, dataloader, metric_key_prefix: str) -> EvalLoopOutput:
         model: Any = self.model_wrapped if self.is_in_train else self.model
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
@@ -379,6 +362,15 @@ class KDTrainer(Trainer):
             "kd_ratio": float(self.args.kd_ratio),
         }
 
+    # The order of the samples.
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _ByEpoch(sampler, lambda: seed + int(self.state.epoch or 0))
+        return sampler
+
     # Checkpoints: written under a temporary name, verified, then renamed.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -393,13 +385,28 @@ class KDTrainer(Trainer):
             problems = checkpoints.find_problems(found)
             if problems:
                 raise ValueError(f"resume_from_checkpoint: {problems[0]}")
+        else:
+            other = checkpoints.newest_complete(self._folder)
+            if other is not None:
+                raise ValueError(f"output_dir: {other} is of an earlier run: resume from it, or choose another folder")
         self._sums, step = _Sums(), 0
         if found is not None:
-            self._sums = _Sums(**json.loads((found / f"{self.args.process_index}-{_STATE}").read_text()))
+            state = found / f"{self.args.process_index}-{_STATE}"
+            if not state.exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: {found} has no {state.name}: it was saved with save_only_model, or by fewer processes"
+                )
+            self._sums = _Sums(**json.loads(state.read_text()))
             step = json.loads((found / "trainer_state.json").read_text())["global_step"]
         if self.is_world_process_zero():
             self._metrics.start(step, resumed=found is not None)
         return super().train(None if found is None else str(found), *args, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end: the Trainer's loop would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -410,16 +417,16 @@ class KDTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         run = Path(self._get_output_dir(trial))
         name, keep = f"checkpoint-{self.state.global_step}", self.args.save_total_limit
+        push = self.args.push_to_hub
         staging, final = run / ".incomplete" / name, run / name
         if self.args.should_save:
             shutil.rmtree(staging.parent, ignore_errors=True)  # what a crash may have left
         self.accelerator.wait_for_everyone()
-        self._staging, self.args.save_total_limit = ".incomplete", None  # nothing old goes before the new one stands
-        try:
+        # Nothing old goes, and nothing is pushed, before the new one stands.
+        with _replaced(self, _staging=staging.parent.name), _replaced(self.args, save_total_limit=None, push_to_hub=False):
             super()._save_checkpoint(model, trial)
-        finally:
-            self._staging, self.args.save_total_limit = "", keep
-        (staging / f"{self.args.process_index}-{_STATE}").write_text(json.dumps(asdict(self._sums)))
+        if not self.args.save_only_model:
+            (staging / f"{self.args.process_index}-{_STATE}").write_text(json.dumps(asdict(self._sums)))
         if self.state.best_model_checkpoint == str(staging):
             self.state.best_model_checkpoint = str(final)
         self.accelerator.wait_for_everyone()
@@ -427,82 +434,44 @@ class KDTrainer(Trainer):
             self.state.save_to_json(str(staging / "trainer_state.json"))
             checkpoints.commit(staging, final)
             staging.parent.rmdir()
-            checkpoints.rotate(run, keep, self.state.best_model_checkpoint)
+            checkpoints.rotate(final, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
-
-
-def _one_teacher(teacher: Any) -> tuple[str, Any]:
-    if isinstance(teacher, Mapping):
-        if len(teacher) != 1:
-            raise ValueError(f"teacher_model: {len(teacher)} teachers need a training plan, which this version does not have; expected one")
-        return next(iter(teacher.items()))
-    name = teacher if isinstance(teacher, str | os.PathLike) else getattr(getattr(teacher, "config", None), "name_or_path", "")
-    return Path(name).name or type(teacher).__name__, teacher
-
-
-def _student(model: Any, args: KDConfig, peft_config: Any) -> nn.Module:
-    if isinstance(model, str | os.PathLike):
-        model = load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
-    elif not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a name, a path or a module, got {type(model).__name__}")
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, peft_config)
-    return model
-
-
-def _teacher(model: Any, args: KDConfig, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
-    if isinstance(model, str | os.PathLike):
-        options = args.teacher_model_init_kwargs or {}
-        if tokenizer is not None:
-            check_tokenizers(tokenizer, load_tokenizer(model, gguf_file=options.get("gguf_file")))
-        model = load_model(model, **options)
-    elif not isinstance(model, nn.Module):
-        raise TypeError(f"teacher_model: expected a name, a path or a module, got {type(model).__name__}")
-    return model.eval()
-
-
-def _verify(argument: str, model: Any) -> None:
-    ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
-    was_training = model.training
-    model.eval()
-    try:
-        verify_head(model, ids)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from error
-    finally:
-        model.train(was_training)
-
-
-def _tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDConfig, name: str) -> Dataset:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
-    if {"input_ids", "labels", "sample_index"} <= set(dataset.column_names):
-        return dataset
-    if tokenizer is None and "input_ids" not in dataset.column_names:
-        raise ValueError(f"processing_class: {name}_dataset is not tokenised, which needs the student's tokenizer, got None")
-    return tokenize(
-        dataset,
-        tokenizer,
-        max_length=args.max_length,
-        completion_only_loss=args.completion_only_loss,
-        chat_template=args.chat_template,
-        name=name,
-    )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Any id will do: padding is masked by position."""
-    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((i for i in ids if i is not None), 0)
+        if push:
+            self._push_from_checkpoint(str(final))
 
 
 def _with_shift_labels(collator: Callable, rows: list) -> dict[str, Tensor]:
     batch = dict(collator(rows))
+    if "labels" not in batch:
+        raise ValueError(f"data_collator: expected labels (not shifted) among what it returns, got {', '.join(batch)}")
     if "shift_labels" not in batch:
         batch["shift_labels"] = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     return batch
+
+
+class _ByEpoch(Sampler):
+    """A sampler whose order depends on the epoch's seed alone, so that a resumed run goes on in the same order."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]):
+        self.sampler, self.seed = sampler, seed
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self):
+        self.sampler.generator = torch.Generator().manual_seed(self.seed())
+        return iter(self.sampler)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Attributes with other values for a while."""
+    before = {name: getattr(owner, name) for name in values}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,10 +61,19 @@ def test_newest_is_by_number(tmp_path):
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         make(tmp_path, step)
-    checkpoints.rotate(tmp_path, None, None)
+    checkpoints.rotate(tmp_path / "checkpoint-4", None, None)
     assert len(list(tmp_path.glob("checkpoint-*"))) == 4
-    checkpoints.rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    checkpoints.rotate(tmp_path / "checkpoint-4", 2, str(tmp_path / "checkpoint-1"))
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+
+
+def test_rotation_deletes_later_steps_of_an_earlier_run_first(tmp_path):
+    for step in (2, 4, 6, 8):
+        make(tmp_path, step)
+    checkpoints.rotate(tmp_path / "checkpoint-4", 2, None)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    checkpoints.rotate(tmp_path / "checkpoint-4", 1, str(tmp_path / "checkpoint-4"))
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 class Crash(TrainerCallback):
@@ -94,14 +104,17 @@ def training_rows(folder):
     return [{k: v for k, v in row.items() if "runtime" not in k} for row in read_metrics(folder) if "loss" in row]
 
 
+@pytest.mark.parametrize("order", ["random", "group_by_length", "sequential"])
 @pytest.mark.parametrize("crash_at", [4, 5, 7])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, crash_at):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, crash_at, order):
     """Bit for bit: the weights, and the logged rows too, though the checkpoints do not fall on logging steps."""
-    whole = run(tmp_path / "whole")
+    whole = run(tmp_path / "whole", train_sampling_strategy=order)
     whole.train()
+    first = run(tmp_path / "cut", crash_at, train_sampling_strategy=order, eval_data=rows(3))
+    first.evaluate()  # an evaluation may not disturb the order
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", crash_at).train()
-    resumed = run(tmp_path / "cut")
+        first.train()
+    resumed = run(tmp_path / "cut", train_sampling_strategy=order)
     resumed.train(resume_from_checkpoint=True)
     expected, found = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -154,3 +167,52 @@ def test_the_best_checkpoint_is_kept_and_known_by_its_place(tmp_path):
     state = json.loads((tmp_path / kept[-1] / "trainer_state.json").read_text())
     assert ".incomplete" not in str(state["best_model_checkpoint"])
     assert checkpoints.find_problems(tmp_path / kept[0]) == []
+
+
+@pytest.mark.parametrize("steps", [6, 7, 8])
+def test_a_run_resumed_at_its_end_takes_no_further_step(tmp_path, steps):
+    whole = run(tmp_path, max_steps=steps, lr_scheduler_type="constant")
+    whole.train()
+    again = run(tmp_path, max_steps=steps, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_ones_checkpoints(tmp_path):
+    run(tmp_path).train()
+    with pytest.raises(ValueError, match=r"output_dir: .*checkpoint-8 is of an earlier run"):
+        run(tmp_path).train()
+
+
+def test_without_the_optimizers_state_there_is_no_resuming(tmp_path):
+    run(tmp_path, save_only_model=True).train()
+    with pytest.raises(ValueError, match="save_only_model"):
+        run(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)
+
+
+def test_an_old_checkpoint_stays_until_the_new_one_stands(tmp_path, monkeypatch):
+    seen = []
+    real = checkpoints.commit
+
+    def commit(staging, final):
+        seen.append((final.name, sorted(p.name for p in tmp_path.glob("checkpoint-*"))))
+        real(staging, final)
+
+    monkeypatch.setattr(checkpoints, "commit", commit)
+    run(tmp_path, save_total_limit=1).train()
+    assert seen == [("checkpoint-3", []), ("checkpoint-6", ["checkpoint-3"]), ("checkpoint-8", ["checkpoint-6"])]
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_only_whole_checkpoints_are_pushed(tmp_path, monkeypatch):
+    pushed = []
+    unfinished = run(tmp_path)
+    unfinished.args.push_to_hub = True
+    monkeypatch.setattr(
+        type(unfinished), "_push_from_checkpoint", lambda self, folder: pushed.append((folder, checkpoints.find_problems(Path(folder))))
+    )
+    monkeypatch.setattr(type(unfinished), "_finish_current_push", lambda self: None)
+    unfinished.train()
+    assert pushed == [(str(tmp_path / f"checkpoint-{n}"), []) for n in (3, 6, 8)]

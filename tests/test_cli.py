@@ -24,6 +24,10 @@ def place(tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained("teacher")
     for name, n, seed in (("train", 16, 0), ("eval", 6, 1)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(n, seed)))
+    Path("broken").mkdir()
+    for file in Path("teacher").iterdir():
+        (Path("broken") / file.name).write_bytes(file.read_bytes())
+    (Path("broken") / "model.safetensors").write_bytes(b"not weights")
     Path("run.yaml").write_text(
         """
 student: {from: teacher, layers: [0, 2, 3]}
@@ -101,6 +105,24 @@ def test_resume_gives_the_uninterrupted_students_weights(place, capsys):
     assert timeless("cut") == timeless("out")
 
 
+def test_resume_is_with_the_settings_it_began_with(place, capsys):
+    assert main(["distill", "run.yaml"]) == 0
+    line = fails(capsys, "distill", "run.yaml", "--resume", "loss.temperature=5")
+    assert "was begun with loss.temperature = 2.0, now it is 5.0" in line
+    before = read_metrics("out")
+    assert main(["distill", "run.yaml", "--resume", "training.logging_steps=3"]) == 0  # nothing is left to do, nothing is done
+    assert [row for row in read_metrics("out") if "loss" in row or "eval_kl" in row] == [
+        row for row in before if "loss" in row or "eval_kl" in row
+    ]
+
+
+def test_a_finished_student_without_checkpoints_is_not_trained_over(place, capsys):
+    assert main(["distill", "run.yaml", "training.save_strategy=no"]) == 0
+    weights = Path("out/model.safetensors").read_bytes()
+    assert "no checkpoint to resume from" in fails(capsys, "distill", "run.yaml", "--resume", "training.save_strategy=no")
+    assert Path("out/model.safetensors").read_bytes() == weights
+
+
 def test_resume_without_a_checkpoint_begins_at_the_beginning(place, caplog):
     assert main(["distill", "run.yaml", "--resume", "training.max_steps=2"]) == 0
     assert "starting from the beginning" in caplog.text
@@ -128,6 +150,11 @@ def test_init_writes_a_configuration_that_loads(tmp_path, monkeypatch, capsys):
         (["distill", "run.yaml", "student.layers=[0, 9]"], "run.yaml: student: layers has 9"),
         (["distill", "run.yaml", "plan=pocl"], "run.yaml: plan: not available in this version"),
         (["distill", "run.yaml", "training.lr_scheduler_type=zigzag"], "run.yaml: training.lr_scheduler_type"),
+        (["distill", "run.yaml", "training.report_to=tensorboard"], "run.yaml: training: RuntimeError: TensorBoard"),
+        (["distill", "run.yaml", "training.resume_from_checkpoint=out"], "run.yaml: training.resume_from_checkpoint: has no effect"),
+        (["distill", "run.yaml", "training.gradient_accumulation_steps=0"], "run.yaml: training: gradient_accumulation_steps"),
+        (["distill", "run.yaml", "output_dir=teacher"], "is where 'student' is read from"),
+        (["distill", "run.yaml", "teacher=broken", "student=teacher"], "run.yaml: teacher: "),
         (["distill", "run.yaml", "--resum"], "unrecognized arguments: --resum"),
         (["distil", "run.yaml"], "invalid choice: 'distil'"),
         ([], "required: COMMAND"),

@@ -328,3 +328,12 @@ def test_wrong_overrides(tmp_path, override, message):
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "run.yaml"))
     assert "\n" not in str(caught.value)
+
+
+def test_yamls_aliases_are_separate_and_no_is_a_word(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("student: &m {model: a}\nteacher: *m\ndata: {train: x.jsonl}\ntraining: {save_strategy: no}\n")
+    found = load_config(path, ["student.dtype=float16"])
+    assert found.student.dtype == "float16"
+    assert found.teachers["teacher"].dtype is None
+    assert found.training["save_strategy"] == "no"

@@ -518,3 +518,10 @@ def test_a_real_tokenizer(shared_data):
         text, counted = shown(tokenizer, got)
         assert text.endswith(f"<|im_start|>assistant\n{row['completion']}<|im_end|>\n")
         assert counted == row["completion"] + "<|im_end|>"
+
+
+def test_a_needed_column_of_mixed_types_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3, "completion": "c"}\n')
+    with pytest.raises(DataError, match="column 'prompt': its values mix types"):
+        load_rows(path)

@@ -148,6 +148,31 @@ def test_the_teacher_keeps_its_mode_dtype_and_gradients(tmp_path):
     assert all(torch.equal(value, before[name]) and value.dtype == before[name].dtype for name, value in teacher.state_dict().items())
 
 
+def test_under_autocast_the_student_computes_in_bf16_and_the_teacher_as_it_is(tmp_path):
+    student, teacher, seen = tiny_llama(1), tiny_llama(2), {}
+    run = trainer(tmp_path, student, teacher, bf16=True)
+    for name, model in (("student", student), ("teacher", teacher)):
+        layer = model.model.layers[0].mlp.up_proj
+        layer.register_forward_hook(lambda _, __, out, name=name: seen.update({name: (out.dtype, out.requires_grad)}))
+    batch = run._prepare_inputs(next(iter(run.get_train_dataloader())))
+    run.model_wrapped = run.accelerator.prepare(student)
+    student.train()
+    run.compute_loss(run.model_wrapped, batch)
+    assert seen == {"student": (torch.bfloat16, True), "teacher": (torch.float32, False)}
+
+
+def test_16_bit_logits_are_not_rounded_in_evaluation():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(2000, 32, generator=generator).bfloat16()
+    t = torch.randn(1, 200, 32, generator=generator)
+    h, t = (t + 0.02 * torch.randn(t.shape, generator=generator)).bfloat16(), t.bfloat16()
+    labels = torch.randint(2000, (1, 200), generator=generator)
+    found = token_metrics(h, Head(w), TeacherHidden(t, w), labels)
+    zs, zt = (x.double() @ w.double().T for x in (h, t))
+    kl = (zt.softmax(-1) * (zt.log_softmax(-1) - zs.log_softmax(-1))).sum(-1)
+    assert abs(found["kl"].sum() / kl.sum() - 1) < 1e-3
+
+
 def test_padding_changes_nothing(tmp_path):
     """With pad == eos too: padding is masked by position, and the true eos counts."""
     keeps = []
@@ -186,11 +211,11 @@ def test_ways_to_run_the_body(tmp_path, change):
 
 
 def test_evaluation_sums_over_tokens(tmp_path):
-    student, teacher = tiny_llama(1), tiny_llama(2, hidden=24, layers=3)
+    student, teacher = tiny_llama(1, attention_dropout=0.5), tiny_llama(2, hidden=24, layers=3)
     held_out = rows(7, seed=5)
     run = trainer(tmp_path, student, teacher, eval_data=held_out, per_device_eval_batch_size=3)
     found = run.evaluate()
-    tokenizer, kl, ce, agree, tokens = tiny_tokenizer(), 0.0, 0.0, 0, 0
+    tokenizer, kl, kd, ce, agree, tokens = tiny_tokenizer(), 0.0, 0.0, 0.0, 0, 0
     student.eval()
     for row in held_out:
         prompt, completion = (tokenizer(row[k], add_special_tokens=False).input_ids for k in ("prompt", "completion"))
@@ -200,12 +225,17 @@ def test_evaluation_sums_over_tokens(tmp_path):
         target = ids[0, len(prompt) :]
         p = zt.softmax(-1)
         kl += float((p * (p.log() - zs.log_softmax(-1))).sum())
+        warm = (zt / 2.0).softmax(-1)
+        kd += float((warm * (warm.log() - (zs / 2.0).log_softmax(-1))).sum())
         ce += float(torch.nn.functional.cross_entropy(zs, target, reduction="sum"))
         agree += int((zs.argmax(-1) == zt.argmax(-1)).sum())
         tokens += len(target)
     assert found["eval_tokens"] == tokens
     assert math.isclose(found["eval_kl"], kl / tokens, rel_tol=1e-5)
     assert math.isclose(found["eval_ce"], ce / tokens, rel_tol=1e-5)
+    student.train()  # evaluation must not depend on the mode it finds
+    assert run.evaluate()["eval_kl"] == found["eval_kl"]
+    assert math.isclose(found["eval_loss"], 0.6 * 2.0**2 * kd / tokens + 0.4 * ce / tokens, rel_tol=1e-5)
     assert math.isclose(found["eval_perplexity"], math.exp(ce / tokens), rel_tol=1e-4)
     assert found["eval_agreement"] == agree / tokens
 
@@ -297,6 +327,10 @@ def test_the_routers_loss_is_kept(tmp_path):
             aux = student(**inputs, output_router_logits=True).aux_loss.item()
     assert aux > 0.1
     assert math.isclose(losses[True] - losses[False], 0.5 * aux, rel_tol=1e-4)
+    # As one of several micro-batches it has its share of the tokens.
+    counted = (batch["shift_labels"] != -100).sum()
+    share = run.compute_loss(student, batch, num_items_in_batch=4 * counted).item()
+    assert math.isclose(share, losses[True] / 4, rel_tol=1e-5)
 
 
 def test_an_adapted_student_trains_its_adapter_alone(tmp_path):
@@ -369,6 +403,12 @@ def test_a_collator_of_ones_own(tmp_path):
         (lambda f: config(f, logging_nan_inf_filter=True), "logging_nan_inf_filter"),
         (lambda f: config(f, label_smoothing_factor=0.1), "label_smoothing_factor"),
         (lambda f: config(f, torch_compile=True), "torch_compile"),
+        (lambda f: config(f, use_liger_kernel=True), "use_liger_kernel"),
+        (lambda f: config(f, gradient_accumulation_steps=0), "gradient_accumulation_steps"),
+        (lambda f: config(f, max_steps=-1, num_train_epochs=0), "num_train_epochs"),
+        (lambda f: config(f, chunk_tokens=-1), "chunk_tokens"),
+        (lambda f: trainer(f, model_init_kwargs={"dtype": "float32"}), "model_init_kwargs"),
+        (lambda f: trainer(f, teacher_model_init_kwargs={"dtype": "float32"}), "teacher_model_init_kwargs"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(tmp_path, change, message):
@@ -376,10 +416,42 @@ def test_arguments_that_do_not_fit_are_named(tmp_path, change, message):
         change(tmp_path)
 
 
-def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_student_that_shares_with_its_teacher_is_refused(tmp_path, adapted):
+    from peft import LoraConfig
+
     model = tiny_llama(1)
-    with pytest.raises(ValueError, match="teacher_model: the student itself"):
-        trainer(tmp_path, model, model)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM") if adapted else None
+    with pytest.raises(ValueError, match="teacher_model: shares parameters with the student"):
+        KDTrainer(model, model, config(tmp_path), rows(4), processing_class=tiny_tokenizer(), peft_config=adapter)
+
+
+def test_tokens_and_lengths_that_a_model_does_not_have_are_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = tiny_llama(2)
+    small.resize_token_embeddings(12)
+    with pytest.raises(ValueError, match="the teacher has 12 token embeddings"):
+        trainer(tmp_path, teacher=small)
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+    with pytest.raises(ValueError, match="max_length: the student has 8 positions"):
+        trainer(tmp_path, short)
+
+
+def test_the_best_metric_knows_its_direction(tmp_path):
+    for name, better in (("kl", False), ("eval_perplexity", False), ("ce", False), ("loss", False), ("agreement", True)):
+        settings = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+        assert config(tmp_path, metric_for_best_model=name, **settings).greater_is_better is better, name
+    with pytest.raises(ValueError, match="metric_for_best_model: expected one of"):
+        trainer(tmp_path, metric_for_best_model="rouge", eval_data=rows(3))
+
+
+def test_held_out_rows_are_never_dropped(tmp_path):
+    run = trainer(tmp_path, eval_data=rows(7, seed=5), per_device_eval_batch_size=4, dataloader_drop_last=True)
+    all_rows = trainer(tmp_path, eval_data=rows(7, seed=5), per_device_eval_batch_size=7)
+    assert run.evaluate()["eval_tokens"] == all_rows.evaluate()["eval_tokens"]
+    assert run.args.dataloader_drop_last
+    assert run.evaluate(rows(3, seed=6))["eval_tokens"] > 0  # rows that are not tokenised
 
 
 def test_a_split_that_is_not_exact_is_refused(tmp_path):

@@ -1,0 +1,85 @@
+"""`KDConfig`: the training arguments of a distillation."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .functional import divergence
+
+__all__ = ["KDConfig"]
+
+# Options of TrainingArguments that would have no effect, or a wrong one.
+_REFUSED = {
+    "remove_unused_columns": "the batches carry columns that no model's forward names",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "label_smoothing_factor": "the loss is fastkd's own, which has none",
+    "batch_eval_metrics": "compute_metrics is called once, with all tokens",
+    "include_for_metrics": "compute_metrics receives tokens and labels",
+    "prediction_loss_only": "evaluation always gives its metrics",
+    "bf16_full_eval": "models are evaluated in the dtype they are trained in",
+    "fp16_full_eval": "models are evaluated in the dtype they are trained in",
+    "use_liger_kernel": "not available in this version",
+    "torch_compile": "the student's head is taken out of its forward; compile its layers instead (`layer.compile()` for each)",
+}
+
+
+@dataclass
+class KDConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the arguments of distillation.
+
+    Args:
+        divergence, divergence_parameters: a name in `fastkd.DIVERGENCES` and its parameters.
+        temperature: > 0, divides both models' logits. Not the sampling temperature.
+        temperature_squared: multiply the KD term by ``temperature ** 2``.
+        kd_ratio: in [0, 1], ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
+        max_length: tokens of a row; longer ones are cut on the right.
+        completion_only_loss: count only completions and assistants' turns; None: yes where the rows have them.
+        chat_template: apply the tokenizer's chat template to plain ``prompt`` and ``completion`` strings too.
+        chunk_tokens, logits_dtype ("float32" or the hidden states' dtype): as in `fused_linear_kd`.
+        model_init_kwargs, teacher_model_init_kwargs: keywords of `fastkd.models.load_model` for models given by name. A student is loaded
+            in float32 unless its ``dtype`` is given, a teacher in its checkpoint's dtype.
+    """
+
+    divergence: str = "forward_kl"
+    divergence_parameters: dict[str, float] | None = None
+    temperature: float = 1.0
+    temperature_squared: bool = True
+    kd_ratio: float = 1.0
+    max_length: int = 512
+    completion_only_loss: bool | None = None
+    chat_template: bool | None = None
+    chunk_tokens: int | None = None
+    logits_dtype: str | None = None
+    model_init_kwargs: dict[str, Any] | None = None
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    # The batches carry columns that no model's forward names.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    # A filter would hide the infinities that are to stop the run.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay False."})
+
+    def __post_init__(self):
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ce", "perplexity")):
+            self.greater_is_better = False
+        super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        divergence(self.divergence, **(self.divergence_parameters or {}))
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature}")
+        if not 0 <= self.kd_ratio <= 1:
+            raise ValueError(f"kd_ratio: expected a number in [0, 1], got {self.kd_ratio}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
+        if self.logits_dtype not in (None, "float64", "float32", "bfloat16", "float16"):
+            raise ValueError(f"logits_dtype: expected None, 'float64', 'float32', 'bfloat16' or 'float16', got {self.logits_dtype!r}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens: expected a number >= 1 or None, got {self.chunk_tokens}")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps: expected a number >= 1, got {self.gradient_accumulation_steps}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs: expected a number > 0, got {self.num_train_epochs}")
+        for name, why in _REFUSED.items():
+            if getattr(self, name, False):
+                raise ValueError(f"{name}: must be left off: {why}")
