@@ -45,7 +45,9 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.installed
-	$(PY) benchmarks/run.py --out $(OUT)
+	@# A peer to measure against, whose own requirements are not wanted.
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
+	$(PY) benchmarks/run.py --out $(OUT) --check
 
 # No .venv: a GPU machine brings its own torch. PY can be set from outside.
 gpu:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from fastkd import FusedLinearKDLoss, TeacherHidden, TeacherLogits, divergence, fused_linear_kd, gemm, kd_loss
+from fastkd import DIVERGENCES, FusedLinearKDLoss, TeacherHidden, TeacherLogits, divergence, fused_linear_kd, gemm, kd_loss
 from fastkd_kernels import rows_torch
 
 from .divergence_cases import ALL, DEFAULTS
@@ -640,3 +640,15 @@ def test_mistake_a_frozen_head_costs_no_weight_gradient():
     trained = problem.weight.clone().requires_grad_()
     whole = _peak_bytes(lambda: fused_linear_kd(hidden, trained, problem.teacher, problem.labels))
     assert whole - frozen >= 0.99 * problem.weight.nbytes
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_no_divergence_is_negative_where_student_and_teacher_are_close(name):
+    """Rounding may not push the value of a token below 0, and equal distributions are at 0."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 4 * torch.randn(64, 3000, generator=generator)
+    for distance in (0.0, 1e-6, 1e-5, 1e-4):
+        student = teacher + distance * torch.randn(teacher.shape, generator=generator)
+        _, parts = kd_loss(student, TeacherLogits(teacher), divergence=name, return_parts=True)
+        assert (parts.kd_per_token >= 0).all()
+        assert distance > 0 or parts.kd < 1e-6

@@ -64,15 +64,16 @@ def _tile(fn=None, *, torch_version=None):
     return triton.jit(fn) if triton is not None else _TORCH_NAMES[fn.__name__]
 
 
-# Operations for which torch has a better equivalent: on a CPU, a boolean mask and a `where` cost as much as two exponentials.
+# Operations for which torch has a better equivalent: on a CPU, a boolean mask and a `where` cost as much as two exponentials. The first
+# two overwrite their argument there, which is always a temporary.
 
 
-@_tile(torch_version=lambda x: torch.nan_to_num(x, nan=0.0, posinf=math.inf, neginf=-math.inf))
+@_tile(torch_version=lambda x: x.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf))
 def _zero_if_nan(x):
     return tl.where(x == x, x, 0.0)
 
 
-@_tile(torch_version=lambda x: torch.nan_to_num(x, nan=0.0, posinf=1000.0, neginf=-1000.0))
+@_tile(torch_version=lambda x: x.nan_to_num_(nan=0.0, posinf=1000.0, neginf=-1000.0))
 def _finite(x):
     return tl.where(x == x, tl.minimum(tl.maximum(x, -1000.0), 1000.0), 0.0)
 
@@ -91,13 +92,18 @@ def _expm1(x):
 
 # Tile functions. lp, lq: log-probabilities, -inf outside the vocabulary or where a probability is 0; a, b: the divergence's
 # parameters; w: its row statistic. 0 * inf is 0 (`_zero_if_nan`), while a NaN in the logits, which makes all of its row NaN, still comes
-# through: in every g there is a term that lets it pass.
+# through: in every g there is a term that lets it pass. An augmented assignment is in place on a torch tensor, which keeps the
+# temporaries few and in cache.
 
 
 @_tile
 def _forward_kl_terms(lp, lq, p, q):
     h = q - p
-    return _zero_if_nan(p * (lp - lq)) + h, h
+    g = lp - lq
+    g *= p
+    g = _zero_if_nan(g)
+    g += h
+    return g, h
 
 
 @_tile
@@ -138,22 +144,51 @@ def _adaptive_kl(lp, lq, a, b, w):
 
 
 @_tile
+def _log_blend(x, c):
+    """log s for s = c + (1 - c) * exp(x), x <= 0, as exact near s = 1 as near s = 0.
+
+    Near 1, rounding s loses the digits of log s; s - 1 = (1 - c) * expm1(x) has them, and what s lost is added back to first order.
+    """
+    k = 1.0 - c
+    s = tl.exp(x)
+    s *= k
+    s += c
+    t = _expm1(x)
+    t *= k
+    t -= s - 1.0
+    t *= s
+    t += tl.log(s)
+    return t
+
+
+def _log_blend_in_torch(x, c, share):
+    if min(share, 1.0 - share) < 0.05:  # s may be near 0, where s - 1 has lost its digits
+        return _TORCH_NAMES["_log_blend"](x, c)
+    t = torch.expm1(x)
+    t *= c.neg_().add_(1.0)
+    return t.log1p_()
+
+
+@_tile(torch_version=_log_blend_in_torch)
+def _log_blend_of_shares(x, c, share):
+    return _log_blend(x, c)
+
+
+@_tile
 def _mixture(lp, lq, share):
     """log(p / m) and log(q / m) for m = share * p + (1 - share) * q, without ever forming m; finite, so that 0 times them is 0.
 
-    The larger of p and q divides out: m / max(p, q) = s = c + k * exp(x), with x = -|log p - log q| and c, k the shares of the larger
-    and the smaller. Where p is near q, log s is small and rounding s to a number near 1 loses its digits; s - 1 = k * expm1(x) has
-    them, and what s lost is added back, to first order. (log1p(s - 1) alone would lose those of an s near 0.)
+    The larger of p and q divides out: m / max(p, q) = c + (1 - c) * exp(x), with x = -|log p - log q| and c the share of the larger.
     """
     d = _finite(lp - lq)  # infinity is 1000 here: exp(-1000) is 0
     low_p = tl.minimum(d, 0.0)
     low_q = low_p - d
-    x = low_p + low_q
-    c = tl.abs(_is_negative(d) - share)
-    k = 1.0 - c
-    s = c + k * tl.exp(x)
-    t = tl.log(s) + (k * _expm1(x) - (s - 1.0)) * s
-    return low_p - t, low_q - t
+    c = _is_negative(d)
+    c -= share
+    t = _log_blend_of_shares(low_p + low_q, tl.abs(c), share)
+    low_p -= t
+    low_q -= t
+    return low_p, low_q
 
 
 @_tile
@@ -175,9 +210,13 @@ def _skew_reverse_kl(lp, lq, a, b, w):
 
 @_tile
 def _jsd(lp, lq, a, b, w):
-    log_pm, log_qm = _mixture(lp, lq, a)
-    h = (1.0 - a) * tl.exp(lq) * log_qm
-    return a * tl.exp(lp) * log_pm + h, h
+    g, h = _mixture(lp, lq, a)
+    h *= tl.exp(lq)
+    h *= 1.0 - a
+    g *= tl.exp(lp)
+    g *= a
+    g += h
+    return g, h
 
 
 @_tile

@@ -138,7 +138,8 @@ def _row_kernel(
             tl.debug_barrier()
             tl.store(dz_ptr + o_v, (d * scale_s).to(dz_ptr.dtype.element_ty), mask=o_v < V_s)
     if NEED_KD:
-        tl.store(kd_ptr + i_row, sum_g * kd_factor)
+        # No divergence is negative; where it is nearly 0, rounding may say so.
+        tl.store(kd_ptr + i_row, tl.where(sum_g < 0.0, 0.0, sum_g) * kd_factor)
 
 
 @triton.jit

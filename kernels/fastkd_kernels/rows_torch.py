@@ -8,7 +8,8 @@ from .spec import Head, RowSpec
 
 __all__ = ["row_losses"]
 
-BLOCK_BYTES = 1 << 20  # of one [rows, V] temporary; about ten are alive at a time
+BLOCK_BYTES = 2 << 20  # of one [rows, V] temporary, where that is a row per thread; about ten are alive at a time
+BLOCK_BYTES_GPU = 128 << 20  # where this runs on a GPU, for want of Triton: blocks large enough to fill it
 RETAINED_BYTES = 31 << 20  # glibc follows blocks of up to 32 MiB
 
 
@@ -37,8 +38,11 @@ def row_losses(
     """
     rows, width = student.shape
     compute = torch.promote_types(student.dtype, torch.float32)
-    step = max(1, BLOCK_BYTES // (width * compute.itemsize))
+    step = max(1, BLOCK_BYTES_GPU // (width * compute.itemsize))
     if student.device.type == "cpu":
+        # As many rows for each thread: softmaxes and sums are shared out by rows.
+        threads = torch.get_num_threads()
+        step = max(1, BLOCK_BYTES // (width * compute.itemsize * threads)) * threads
         # glibc returns memory to the system once more of it is free than twice the largest mapped block freed so far; the temporaries
         # would then be faulted in anew for every block of rows. Freeing one large block, never touched, keeps them.
         torch.empty(RETAINED_BYTES, dtype=torch.uint8)
@@ -94,7 +98,8 @@ def _divergence(log_p: Tensor, log_q: Tensor, spec: RowSpec, kd: Tensor, weight:
     if spec.definition.statistic is not None:
         statistic = _forward_share(log_p, log_q, spec.a)
     g, h = spec.definition.torch_tile(log_p, log_q, spec.a, spec.b, statistic)
-    torch.mul(g.sum(-1), spec.kd_factor, out=kd)
+    # No divergence is negative; where it is nearly 0, rounding may say so.
+    torch.mul(g.sum(-1).clamp_(min=0.0), spec.kd_factor, out=kd)
     if weight is None:
         return None
     if not spec.definition.centered:
