@@ -1,0 +1,63 @@
+"""What the README says must be so."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    assert len(blocks) == 1
+    names: dict = {}
+    exec(blocks[0], names)
+    assert names["hidden"].grad.abs().max() > 0
+    assert names["head"].weight.grad.abs().max() > 0
+
+
+def test_the_file_tree_is_the_librarys():
+    tree = TEXT.split("## Files")[1].split("```")[1]
+    named = set(re.findall(r"^fastkd/(\w+\.py)", tree, re.M))
+    there = {path.name for path in (ROOT / "fastkd").glob("*.py")} - {"__init__.py", "_version.py"}
+    assert named == there
+    kernels = {path.name for path in (ROOT / "kernels" / "fastkd_kernels").glob("*.py")} - {"__init__.py"}
+    assert all(name in tree for name in kernels)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_every_make_target_and_command_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make (\w[\w-]*)", TEXT)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    from fastkd.cli import main
+
+    for command in set(re.findall(r"^fastkd (\w+)", TEXT, re.M)):
+        try:
+            main([command, "--help"])
+        except SystemExit as stopped:
+            assert stopped.code == 0, command
+
+
+def test_figures_come_from_result_files():
+    """Each number of the measured table is in the file that the README names beside it."""
+    import json
+
+    section = TEXT.split("## Measured")[1].split("\n## ")[0]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "loss-cpu.json").read_text())["rows"]
+    known = {(r["provider"], r["divergence"]): r for r in rows if "ratio" in r}
+    found = re.findall(r"^\| ([\w ().-]+?) \| ([^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", section, re.M)
+    table = [cells for cells in found if any((cells[0], d) in known for d in ("forward_kl", "jsd", "adaptive_kl"))]
+    assert len(table) >= 3
+    for provider, *cells, memory in table:
+        for divergence, cell in zip(("forward_kl", "jsd", "adaptive_kl"), cells, strict=True):
+            if cell.strip() != "-":
+                assert cell.strip() == f"{known[provider, divergence]['ratio']:.2f}", (provider, divergence)
+        largest = max(r["peak_extra_bytes"] for (p, _), r in known.items() if p == provider)
+        assert memory.strip() == f"{largest / 1e6:.0f}", provider
