@@ -73,7 +73,7 @@ class _Collector:
                 print(f"{row['shape']} {row['divergence']} {row['provider']}: {report.duration:.0f} s", file=sys.stderr)
 
 
-def stamp(argv: list[str] | None, device: str) -> dict[str, Any]:
+def stamp(argv: list[str] | None, device: str, script: str = "benchmarks/run.py") -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
 
     def version(package: str) -> str | None:
@@ -91,7 +91,7 @@ def stamp(argv: list[str] | None, device: str) -> dict[str, Any]:
     changes = git("status", "--porcelain")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["benchmarks/run.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": " ".join([script, *(sys.argv[1:] if argv is None else argv)]),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "hardware": {

@@ -60,6 +60,8 @@ def generate(model, tokenizer, question: str) -> str:
 
 
 def main(overrides: list[str]) -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.run import stamp
     from fastkd.cli import main as fastkd
     from fastkd.config import ConfigError, load_config
     from fastkd.models import keep_layers, load_model, load_tokenizer
@@ -68,7 +70,7 @@ def main(overrides: list[str]) -> None:
     gguf = teacher_file()
     print("== 1. problems to learn from, and held-out ones:", DATA.relative_to(ROOT))
     write_problems()
-    folder = free_folder()
+    folder, given = free_folder(), overrides
     overrides = [
         f"teacher.model={gguf}",
         f"data.train={DATA / 'train.jsonl'}",
@@ -98,6 +100,9 @@ def main(overrides: list[str]) -> None:
     ):
         shown = [f"{row[key]:.1%}" if key == "eval_agreement" else f"{row[key]:.3f}" for row in (before, after)]
         print(f"{label:38}{shown[0]:>10}{shown[1]:>10}")
+
+    summary = {**stamp(given, "cpu", "examples/demo.py"), "minutes": minutes, "before": before, "after": after, "config": config.to_dict()}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     tokenizer = load_tokenizer(folder)
     teacher = load_model(gguf, dtype="float32")
