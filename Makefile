@@ -49,13 +49,10 @@ bench: $(VENV)/.installed
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 	$(PY) benchmarks/run.py --out $(OUT) --check
 
-# No .venv: a GPU machine brings its own torch. PY can be set from outside.
+# No .venv: a GPU machine brings its own torch, and needs pytest, pytest-timeout and pytest-benchmark beside it.
+GPU_PY ?= python3
 gpu:
-	$(MAKE) -f Makefile gpu-with GPU_PY=$${GPU_PY:-python3}
-
-.PHONY: gpu-with
-gpu-with:
-	PYTHONPATH=.:kernels $(GPU_PY) -m pytest -m gpu -p no:cacheprovider tests
+	PYTHONPATH=.:kernels $(GPU_PY) -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_kernels.py
 	PYTHONPATH=.:kernels $(GPU_PY) benchmarks/run.py --out $(OUT)
 
 clean:

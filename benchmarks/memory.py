@@ -37,16 +37,16 @@ def chunk_bound(shape: Shape) -> int | None:
 def peak_extra(shape: str, divergence: str, provider: str, device: torch.device) -> int | None:
     """Bytes at the peak of one step, its gradients included, minus the bytes before it; None where the system does not tell."""
     if device.type != "cpu":
-        step = PROVIDERS[provider].build(Problem(SHAPES[shape], device), divergence)
+        problem = Problem(SHAPES[shape], device)
+        step = PROVIDERS[provider].build(problem, divergence)
         step()
+        problem.hidden.grad = problem.weight.grad = None  # the warm-up's would hide as much of the peak
         gc.collect()
         torch.cuda.empty_cache()
-        # The warm-up's gradients are freed within the step and would hide as much of its peak.
-        gradients = outputs(SHAPES[shape])
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
-        return torch.cuda.max_memory_allocated(device) - before + gradients
+        return torch.cuda.max_memory_allocated(device) - before
     if not Path("/proc/self/clear_refs").exists():
         return None
     command = [sys.executable, "-m", "benchmarks.memory", shape, divergence, provider]

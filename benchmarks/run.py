@@ -45,14 +45,16 @@ def main(argv: list[str] | None = None) -> int:
         status = pytest.main(arguments, plugins=[collector])
     if status != pytest.ExitCode.OK:
         print(log.getvalue(), file=sys.stderr)
-        return int(status)
-    report["rows"] = collector.rows
+    report["rows"] = collector.rows  # of a run that failed half way too: what was measured is not lost
+    report["complete"] = status == pytest.ExitCode.OK
     name = "cpu" if options.device == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"loss-{name}{'-quick' if options.quick else ''}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(collector.rows))
     print(f"written: {path}")
+    if status != pytest.ExitCode.OK:
+        return int(status)
     broken = failures(collector.rows)
     for line in broken:
         print("over the limit: " + line, file=sys.stderr)
@@ -139,8 +141,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'shape':6} {'divergence':12} {'provider':19} {'ms':>9} {'/ GEMMs':>8} {'MB':>7} {'bound':>7}  note"]
     for row in rows:
         start = f"{row['shape']:6} {row['divergence']:12} {row['provider']:19}"
-        if "skipped" in row:
-            lines.append(f"{start} {'':9} {'':8} {'':7} {'':7}  {row['skipped']}")
+        if "ms" not in row:
+            lines.append(f"{start} {'':9} {'':8} {'':7} {'':7}  {row.get('skipped', 'failed')}")
             continue
         bound = _mb(row["bound_bytes"] + row["output_bytes"]) if row.get("bound_bytes") else ""
         note = "" if row.get("agrees", True) else "computes something else"

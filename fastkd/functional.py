@@ -1,5 +1,6 @@
 """What users call: `fused_linear_kd`, `kd_loss` and the divergences' public names."""
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -178,8 +179,9 @@ def kd_loss(
     """`fused_linear_kd` from logits that already exist.
 
     Args:
-        student_logits: ``[..., V_s]``; receives its gradient and is never overwritten. With ``student_softcap`` or ``student_scale`` the
-            final logits are ``softcap(scale * student_logits)``.
+        student_logits: ``[..., V_s]``; receives its gradient and is never overwritten. The gradient, as large as the logits, is held
+            from the forward pass on, and scaled into a second tensor in the backward pass. With ``student_softcap`` or ``student_scale``
+            the final logits are ``softcap(scale * student_logits)``.
         The others, the return value and the errors are those of `fused_linear_kd`.
     """
     _check_floating("student_logits", student_logits, at_least=1)
@@ -209,6 +211,10 @@ def _loss(
         raise ValueError(f"chunk_tokens: expected a whole number >= 1 or None, got {chunk_tokens!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected a whole number, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int64, got {ignore_index}")
+    if not isinstance(temperature_squared, bool):
+        raise TypeError(f"temperature_squared: expected True or False, got {temperature_squared!r}")
     _check_logits_dtype(logits_dtype, student)
     for argument, tensor in (("student_weight", weight), ("student_bias", bias), ("labels", labels), ("token_weight", token_weight)):
         _check_device(argument, tensor, name, device)
@@ -226,8 +232,8 @@ def _loss(
     assert tuple(knobs) == ops.KNOBS
     parameters = {p.name: chosen.parameters.get(p.name, p.default) for p in DIVERGENCES[chosen.name].parameters}
     grad = torch.is_grad_enabled()
-    loss, tokens, kd, ce, *_ = ops.kd(
-        student.reshape(-1, student.shape[-1]),
+    loss, tokens, kd_mean, ce_mean, kd, ce, *_ = ops.kd(
+        _flat(student),
         weight,
         bias,
         signal.values,
@@ -248,9 +254,15 @@ def _loss(
     )
     if not return_parts:
         return loss
-    kd, ce = kd.detach(), ce.detach()
-    count = tokens.clamp(min=1)
-    return loss, LossParts(kd.sum() / count, ce.sum() / count, tokens, kd.reshape(leading), ce.reshape(leading))
+    return loss, LossParts(kd_mean.detach(), ce_mean.detach(), tokens, kd.detach().view(leading), ce.detach().view(leading))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """``[N, ...]`` without copying; a tensor that cannot be seen so stays as it is."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return x
 
 
 def _divergence(name: Any) -> Divergence:
@@ -297,7 +309,7 @@ def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensor
         raise ValueError(f"{label}: expected the leading dimensions of {name}, {_shape(student)[:-1]}, got {_shape(values)[:-1]}")
     _check_device(label, values, name, student.device)
     return _TeacherTensors(
-        values.detach().reshape(-1, values.shape[-1]),
+        _flat(values.detach()),
         None if weight is None else weight.detach(),
         None if bias is None else bias.detach(),
         softcap,
@@ -308,7 +320,7 @@ def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensor
 def _knob_tensor(knobs: Mapping[str, Any], device: torch.device) -> Tensor:
     """One float64 vector: on the host while all knobs are numbers or host tensors, else on the device, to be read there with the rest."""
     for name, value in knobs.items():
-        if value is not None:
+        if value is not None or name not in ("student_softcap", "teacher_softcap", "normalizer"):
             _check_number(name.replace("teacher_", "teacher."), value)
     values = [0.0 if v is None else v for v in knobs.values()]
     if not any(isinstance(v, Tensor) for v in values) and not torch.compiler.is_compiling():
@@ -353,7 +365,7 @@ def _check_number(name: str, value: Any) -> None:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got a tensor of shape {_shape(value)}")
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name}: expected a number or a 0-d tensor of a real dtype, got {value.dtype}")
-    elif isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat | torch.SymInt):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(value).__name__}")
 
 
@@ -362,6 +374,8 @@ def _check_floating(name: str, value: Any, *, ndim: int | None = None, at_least:
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}")
+    if (value.ndim and value.shape[-1] == 0) or (ndim == 2 and value.shape[:1] == (0,)):
+        raise ValueError(f"{name}: expected a width and a vocabulary of at least 1, got shape {_shape(value)}")
     if value.ndim < at_least or (ndim is not None and value.ndim != ndim):
         raise ValueError(f"{name}: expected {ndim or f'at least {at_least}'} dimensions, got shape {_shape(value)}")
 

@@ -23,6 +23,8 @@ def has_mixed_mm(device: torch.device, dtype: torch.dtype) -> bool:
         out = torch.zeros(16, 16, dtype=torch.float32, device=device)
         torch.mm(a, a, out_dtype=torch.float32, out=out)
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of what the device can do, and would be remembered
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True

@@ -14,7 +14,7 @@ __all__ = ["FusedLinearKDLoss"]
 class FusedLinearKDLoss(nn.Module):
     """`fused_linear_kd` with its keyword arguments kept; they are attributes and may be changed between calls.
 
-    Args and errors: those of `fused_linear_kd`.
+    Args: those of `fused_linear_kd`. They are checked when the loss is called; errors are those of `fused_linear_kd`.
     """
 
     def __init__(

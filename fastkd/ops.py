@@ -39,6 +39,7 @@ KNOBS = (
 CHUNK_BYTES = {"cpu": 256 << 20}
 CHUNK_BYTES_GPU = 1 << 30
 CHUNK_TOKENS = 2048
+FP16_BOOST = 64.0  # a gradient of a logit stays far below 65504 / 64
 
 
 class _Host(NamedTuple):
@@ -143,8 +144,16 @@ def _chunk_size(tokens: int, bytes_per_token: int, device: torch.device, chunk_t
     return math.ceil(tokens / math.ceil(tokens / most))
 
 
-def _gather(x: Tensor, rows: Tensor | None, part: slice) -> Tensor:
-    return x[part] if rows is None else x.index_select(0, rows[part])
+def _gather(x: Tensor, rows: Tensor | None, part: slice, leading: torch.Size | None = None) -> Tensor:
+    """The rows of a chunk. With ``leading``, x has these leading dimensions, which do not flatten without a copy."""
+    if leading is None:
+        return x[part] if rows is None else x.index_select(0, rows[part])
+    index = torch.arange(part.start, part.stop, device=x.device) if rows is None else rows[part]
+    return x[torch.unravel_index(index, leading)]
+
+
+def _leading(x: Tensor) -> torch.Size | None:
+    return None if x.ndim == 2 else x.shape[:-1]
 
 
 @torch.library.custom_op("fastkd::kd", mutates_args=())
@@ -167,17 +176,18 @@ def kd(
     need_student: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, parts and unscaled gradients of N tokens.
 
     Args:
-        student: ``[N, D_s]`` hidden states, or, with ``weight`` None, ``[N, V_s]`` logits. ``teacher`` likewise.
+        student: ``[N, D_s]`` hidden states, or, with ``weight`` None, ``[N, V_s]`` logits. ``teacher`` likewise. Tensors that do not
+            flatten without a copy, such as ``logits[:, :-1]``, keep their leading dimensions: rows are gathered chunk by chunk.
         knobs: float64, `KNOBS` and then the divergence's parameters, on the host or on the device. absent: those that are None.
         need_*: which gradients to compute.
 
     Returns:
-        loss [], tokens [] int64, kd [N], ce [N], d_student, d_weight (fp32), d_bias (fp32), scale []: the gradients are ``scale`` times
-        these; one that is not needed is empty.
+        loss [], tokens [] int64, mean kd [], mean ce [], kd [N], ce [N], d_student, d_weight (fp32), d_bias (fp32), scale []: the gradients
+        are ``scale`` times these; one that is not needed is empty.
     """
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         return _kd(student, weight, bias, teacher, teacher_weight, teacher_bias, labels, token_weight, knobs, absent, divergence, impl,
@@ -188,8 +198,8 @@ def _kd(
     student, weight, bias, teacher, teacher_weight, teacher_bias, labels, token_weight, knobs, absent, divergence, impl,
     ignore_index, chunk_tokens, logits_dtype, need_student, need_weight, need_bias,
 ):  # fmt: skip
-    total = student.shape[0]
-    vocabulary = student.shape[1] if weight is None else weight.shape[0]
+    total = student.shape[:-1].numel()
+    vocabulary = student.shape[-1] if weight is None else weight.shape[0]
     compute = torch.promote_types(student.dtype, torch.float32)
     counted = _counted(labels, token_weight, ignore_index)
     host = _read_host(labels, token_weight, counted, knobs, absent, divergence, vocabulary, ignore_index, total)
@@ -197,8 +207,12 @@ def _kd(
     out = _Outputs(student, weight, bias, compute, need_student, need_weight, need_bias)
     n = host.tokens
     normalizer = host.weight_sum if host.knobs["normalizer"] is None else host.knobs["normalizer"]
-    out.scale.fill_(host.weight_max / normalizer if n else 0.0)
+    # fp16 gradients wait for the backward pass as a multiple: most of a softmax over a large vocabulary would be flushed to 0.
+    boost = FP16_BOOST if student.dtype == torch.float16 else 1.0
+    out.scale.fill_(host.weight_max / normalizer / boost if n else 0.0)
     out.tokens.fill_(n)
+    for share, mean in ((spec.kd_share, out.kd_mean), (spec.ce_share, out.ce_mean)):
+        mean.fill_(math.nan if share == 0 else 0.0)
     if not n:
         return out.clear().as_tuple()
 
@@ -209,7 +223,8 @@ def _kd(
     every = slice(0, n)
     row_weight = torch.ones(n, dtype=compute, device=student.device)
     if token_weight is not None:
-        row_weight = _gather(token_weight, rows, every).to(compute) / host.weight_max
+        row_weight = _gather(token_weight, rows, every)
+        row_weight = (row_weight.to(torch.promote_types(row_weight.dtype, compute)) / host.weight_max).to(compute)
     targets = None if labels is None or spec.ce_share == 0 else _gather(labels, rows, every)
     kd_values = torch.empty(n, dtype=compute, device=student.device) if spec.kd_share > 0 else None
     ce_values = torch.empty(n, dtype=compute, device=student.device) if targets is not None else None
@@ -219,13 +234,13 @@ def _kd(
     shared_bias = None if teacher_bias is None else teacher_bias[: chunks.shared]
     for start in range(0, n, chunks.size):
         part = slice(start, min(start + chunks.size, n))
-        x = _gather(student, rows, part)
+        x = _gather(student, rows, part, _leading(student))
         zs, dz = chunks.student_buffers(x, out, rows is None, part)
         if weight is not None:
             gemm.logits(x, weight, zs)
-        zt = None if kd_values is None else chunks.teacher_logits(_gather(teacher, rows, part), teacher_weight)
+        zt = None if kd_values is None else chunks.teacher_logits(_gather(teacher, rows, part, _leading(teacher)), teacher_weight)
         row_losses(
-            zs, zt, None if targets is None else targets[part], row_weight[part], spec,
+            zs, zt, None if targets is None else targets[part], row_weight[part] * boost, spec,
             dz=dz,
             kd=None if kd_values is None else kd_values[part],
             ce=None if ce_values is None else ce_values[part],
@@ -235,9 +250,13 @@ def _kd(
             out.accumulate(dz, x, weight, rows, part, first=start == 0)
 
     loss = torch.zeros((), dtype=torch.float64, device=student.device)
-    for values, share, target in ((kd_values, spec.kd_share, out.kd), (ce_values, spec.ce_share, out.ce)):
+    for values, share, target, mean in (
+        (kd_values, spec.kd_share, out.kd, out.kd_mean),
+        (ce_values, spec.ce_share, out.ce, out.ce_mean),
+    ):
         if values is not None:
             loss += share * (row_weight * values).sum(dtype=torch.float64)
+            mean.copy_(values.sum(dtype=torch.float64) / n)
         else:
             values = torch.full((n,), math.nan, dtype=compute, device=student.device)
         target.copy_(values) if rows is None else target.index_copy_(0, rows, values)
@@ -263,12 +282,13 @@ class _Outputs:
     """The operator's outputs. The large ones are not initialised: the first chunk overwrites them."""
 
     def __init__(self, student, weight, bias, compute, need_student, need_weight, need_bias):
-        n = student.shape[0]
+        n = student.shape[:-1].numel()
         new = student.new_zeros
         self.loss, self.scale = new((), dtype=compute), new((), dtype=compute)
         self.tokens = new((), dtype=torch.int64)
+        self.kd_mean, self.ce_mean = new((), dtype=compute), new((), dtype=compute)
         self.kd, self.ce = new(n, dtype=compute), new(n, dtype=compute)
-        self.d_student = student.new_empty(student.shape if need_student else 0)
+        self.d_student = student.new_empty((n, student.shape[-1]) if need_student else 0)
         self.d_weight = student.new_empty(weight.shape if need_weight else 0, dtype=compute)
         self.d_bias = new(bias.shape if need_bias else 0, dtype=compute)
         self.need_student, self.need_weight, self.need_bias = need_student, need_weight, need_bias
@@ -299,7 +319,7 @@ class _Outputs:
             self.d_bias += dz.sum(0, dtype=self.d_bias.dtype)
 
     def as_tuple(self):
-        return self.loss, self.tokens, self.kd, self.ce, self.d_student, self.d_weight, self.d_bias, self.scale
+        return self.loss, self.tokens, self.kd_mean, self.ce_mean, self.kd, self.ce, self.d_student, self.d_weight, self.d_bias, self.scale
 
 
 class _Chunks:
@@ -308,7 +328,7 @@ class _Chunks:
     def __init__(self, student, weight, teacher, teacher_weight, vocabulary, tokens, chunk_tokens, logits_dtype):
         teacher_width = 0
         if teacher is not None:
-            teacher_width = teacher.shape[1] if teacher_weight is None else teacher_weight.shape[0]
+            teacher_width = teacher.shape[-1] if teacher_weight is None else teacher_weight.shape[0]
         self.shared = min(vocabulary, teacher_width)
         item = logits_dtype.itemsize
         width = (vocabulary if weight is not None else 0) + (self.shared if teacher_weight is not None else 0)
@@ -367,20 +387,24 @@ def _(gradient, scale, dtype):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else the unused outputs' gradients come as zeros, as large as the outputs
     student, weight, bias = inputs[:3]
     *_, d_student, d_weight, d_bias, scale = output
     ctx.save_for_backward(d_student, d_weight, d_bias, scale)
     ctx.needed = inputs[-3:]
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (student, weight, bias))
+    ctx.shapes = tuple(None if t is None else t.shape for t in (student, weight, bias))
     ctx.inputs = len(inputs)
 
 
 def _backward(ctx, d_loss, *_):
+    if d_loss is None:
+        return (None,) * ctx.inputs
     *gradients, scale = ctx.saved_tensors
-    scale = scale * d_loss
+    scale = torch.where(scale == 0, 0.0, scale * d_loss)  # no counted token: 0, whatever comes from above
     found = [
-        scaled(gradient, scale, dtype) if needed else None
-        for gradient, needed, dtype in zip(gradients, ctx.needed, ctx.dtypes, strict=True)
+        scaled(gradient, scale, dtype).view(shape) if needed else None
+        for gradient, needed, dtype, shape in zip(gradients, ctx.needed, ctx.dtypes, ctx.shapes, strict=True)
     ]
     return (*found, *[None] * (ctx.inputs - 3))
 

@@ -42,7 +42,7 @@ def compile_row_kernel(divergence: str, target: str, width: int = WIDTH, dtype: 
     if rows.interpreted():
         raise RuntimeError("Triton was imported with TRITON_INTERPRET set; compile in another process")
     definition = DEFINITIONS[divergence]
-    block, warps = row_config(width, definition.statistic is not None)
+    block, warps = row_config(width)
     constants = {
         "TILE": definition.tile, "CENTERED": definition.centered, "STATISTIC": definition.statistic is not None,
         "NEED_KD": True, "NEED_CE": True, "NEED_DZ": True, "BIAS_S": True, "BIAS_T": True, "CAP_S": True, "CAP_T": True, "BLOCK": block,

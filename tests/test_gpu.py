@@ -127,6 +127,7 @@ def test_one_synchronisation_per_call():
         make(leading=(400,), width=500, chunk_tokens=32, kd_ratio=0.5, token_weight=torch.rand(400)).to(torch.bfloat16).to_device("cuda")
     )
     fused(problem)  # compile
+    temperature = torch.tensor(2.0, device="cuda")
     calls = []
     original = torch.Tensor.tolist
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +137,7 @@ def test_one_synchronisation_per_call():
             problem.hidden.requires_grad_()
             fused_linear_kd(
                 problem.hidden, problem.weight, problem.teacher, problem.labels, chunk_tokens=32, kd_ratio=0.5,
-                token_weight=problem.options["token_weight"], temperature=torch.tensor(2.0, device="cuda"),
+                token_weight=problem.options["token_weight"], temperature=temperature,
             ).backward()  # fmt: skip
         finally:
             torch.cuda.set_sync_debug_mode("default")

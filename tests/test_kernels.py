@@ -102,7 +102,7 @@ def _assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | Non
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks a row, the last one not full."""
-    monkeypatch.setattr(rows, "row_config", lambda width, statistic: (256, 4))
+    monkeypatch.setattr(rows, "row_config", lambda width: (256, 4))
 
 
 @pytest.mark.parametrize(("name", "parameters"), ALL)

@@ -71,7 +71,7 @@ CASES = [
     ("teacher bias ints", {"teacher": hidden_teacher(bias=torch.ones(VT, dtype=torch.int64))}, TypeError, ["teacher.bias", "int64"]),
     ("temperature text", {"temperature": "2"}, TypeError, ["temperature", "number", "str"]),
     ("temperature bool", {"temperature": True}, TypeError, ["temperature", "number", "bool"]),
-    ("kd_ratio None", {"kd_ratio": "half"}, TypeError, ["kd_ratio", "number", "str"]),
+    ("kd_ratio word", {"kd_ratio": "half"}, TypeError, ["kd_ratio", "number", "str"]),
     ("normalizer text", {"normalizer": "mean"}, TypeError, ["normalizer", "number", "str"]),
     ("scale text", {"student_scale": "x"}, TypeError, ["student_scale", "number", "str"]),
     ("teacher scale text", {"teacher": hidden_teacher(scale="x")}, TypeError, ["teacher.scale", "number", "str"]),

@@ -3,7 +3,7 @@
 __all__ = ["row_config"]
 
 
-def row_config(width: int, statistic: bool) -> tuple[int, int]:
+def row_config(width: int) -> tuple[int, int]:
     """(block, warps) for rows of ``width`` logits.
 
     2048 x 4 warps leaves 16 elements a thread: enough loads in flight to cover memory latency. It keeps every divergence off the stack on

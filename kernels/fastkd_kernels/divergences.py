@@ -6,8 +6,8 @@ returns ``(g, h)`` is all that any path needs. It is written in Triton's languag
 receives it as a constant, the torch implementation calls the same source on torch tensors.
 
 ``g`` may differ from the textbook integrand by a multiple of ``q - p``, whose sum over the vocabulary is 0. The KLs use
-``p * log(p / q) - p + q``, which is >= 0 element by element: rounding errors of the normalisers then enter the value in second order
-only, and a KL of nearly equal distributions is accurate and not negative.
+``p * log(p / q) - p + q``, which is >= 0 element by element but for its own rounding: errors of the normalisers then enter the value in
+second order only, and a KL of nearly equal distributions keeps its digits longer. (In fp32 it is 1 % off at about 1e-6 nats.)
 
 To add a divergence: write its tile function and its reference ``g`` here, add a `Definition`, and a row to the table in
 ``tests/divergence_cases.py`` (a test fails when the row is missing).
@@ -140,7 +140,7 @@ def _adaptive_kl(lp, lq, a, b, w):
     q = tl.exp(lq)
     gf, hf = _forward_kl_terms(lp, lq, p, q)
     gr, hr = _reverse_kl_terms(lp, lq, p, q)
-    return w * gf + _zero_if_nan((1.0 - w) * gr), w * hf + (1.0 - w) * hr
+    return w * gf + _zero_if_nan((1.0 - w) * gr), w * hf + _zero_if_nan((1.0 - w) * hr)
 
 
 @_tile

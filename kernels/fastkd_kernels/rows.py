@@ -6,6 +6,7 @@
 3. the gradient, which may overwrite the student's logits, in a narrower dtype too.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -214,24 +215,25 @@ def row_losses(
     teacher = teacher if teacher is None or teacher.stride(1) == 1 else teacher.contiguous()
     width = student.shape[1]
     shared = width if teacher is None else min(width, teacher.shape[1])
-    block, warps = row_config(width, spec.definition.statistic is not None)
+    block, warps = row_config(width)
     # Floats stay floats: Triton would specialise an int 1.
     knobs = (1.0 / spec.temperature, spec.a, spec.b, spec.kd_factor, spec.kd_share, spec.ce_share,
              spec.student.scale, spec.student.softcap or 0.0, spec.teacher.scale, spec.teacher.softcap or 0.0)  # fmt: skip
-    _row_kernel[(student.shape[0],)](
-        student, teacher, dz, student_bias, teacher_bias, labels, weight, kd, ce,
-        student.stride(0), 0 if teacher is None else teacher.stride(0), 0 if dz is None else dz.stride(0), width, shared,
-        *(float(k) for k in knobs),
-        TILE=spec.definition.tile,
-        CENTERED=spec.definition.centered,
-        STATISTIC=spec.definition.statistic is not None,
-        NEED_KD=kd is not None,
-        NEED_CE=ce is not None,
-        NEED_DZ=dz is not None,
-        BIAS_S=student_bias is not None,
-        BIAS_T=teacher_bias is not None,
-        CAP_S=spec.student.softcap is not None,
-        CAP_T=spec.teacher.softcap is not None,
-        BLOCK=block,
-        num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(student):  # Triton launches on the current device
+        _row_kernel[(student.shape[0],)](
+            student, teacher, dz, student_bias, teacher_bias, labels, weight, kd, ce,
+            student.stride(0), 0 if teacher is None else teacher.stride(0), 0 if dz is None else dz.stride(0), width, shared,
+            *(float(k) for k in knobs),
+            TILE=spec.definition.tile,
+            CENTERED=spec.definition.centered,
+            STATISTIC=spec.definition.statistic is not None,
+            NEED_KD=kd is not None,
+            NEED_CE=ce is not None,
+            NEED_DZ=dz is not None,
+            BIAS_S=student_bias is not None,
+            BIAS_T=teacher_bias is not None,
+            CAP_S=spec.student.softcap is not None,
+            CAP_T=spec.teacher.softcap is not None,
+            BLOCK=block,
+            num_warps=warps,
+        )  # fmt: skip
