@@ -83,8 +83,7 @@ class KDTrainer(Trainer):
 
     Evaluation adds, per counted token at temperature 1: ``kl`` (forward KL to the teacher), ``ce``, ``perplexity``, ``agreement`` (share of
     tokens where both models' most probable token is the same); ``loss`` is the training objective, without a router's auxiliary loss.
-    Every logging step and evaluation is
-    also a row of ``output_dir/metrics.jsonl``.
+    Every logging step and evaluation is also a row of ``output_dir/metrics.jsonl``; there ``tokens`` are those counted since the run began.
 
     Raises:
         NonFiniteLossError: in `train`, with the ids of the samples.
