@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .functional import divergence
+from .functional import Divergence, divergence
 
 __all__ = ["KDConfig"]
 
@@ -31,7 +31,7 @@ class KDConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the arguments of distillation.
 
     Args:
-        divergence, divergence_parameters: a name in `fastkd.DIVERGENCES` and its parameters.
+        divergence, divergence_parameters: a name in `fastkd.DIVERGENCES` and its parameters; or ``divergence("jsd", beta=0.1)`` alone.
         temperature: > 0, divides both models' logits. Not the sampling temperature.
         temperature_squared: multiply the KD term by ``temperature ** 2``.
         kd_ratio: in [0, 1], ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
@@ -61,6 +61,11 @@ class KDConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay False."})
 
     def __post_init__(self):
+        if isinstance(self.divergence, Divergence):
+            if self.divergence_parameters:
+                raise ValueError("divergence_parameters: given within divergence already; expected None")
+            parameters = {name: float(value) for name, value in self.divergence.parameters.items()}
+            self.divergence, self.divergence_parameters = self.divergence.name, parameters
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ce", "perplexity")):
             self.greater_is_better = False
         super().__post_init__()
@@ -76,8 +81,9 @@ class KDConfig(TrainingArguments):
             raise ValueError(f"logits_dtype: expected None, 'float64', 'float32', 'bfloat16' or 'float16', got {self.logits_dtype!r}")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: expected a number >= 1 or None, got {self.chunk_tokens}")
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps: expected a number >= 1, got {self.gradient_accumulation_steps}")
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs: expected a number > 0, got {self.num_train_epochs}")
         for name, why in _REFUSED.items():

@@ -357,6 +357,8 @@ def _data(top: _Section) -> DataSpec:
     section = _Section(top.file, "data", values, [f.name for f in dataclasses.fields(DataSpec)])
     section.require("train", "give a file or a data set's name")
     columns = section.values.get("columns") or {}
+    if isinstance(columns, dict) and not set(columns) & set(COLUMNS) and set(map(str, columns.values())) & set(COLUMNS):
+        section.fail("columns", "expected {our name: the file's name}, as in {prompt: question}; these are the other way round")
     renaming = _Section(top.file, "data.columns", columns, COLUMNS)
     return DataSpec(
         train=_source(section, "train"),
@@ -493,7 +495,8 @@ data:
   # or input_ids (with labels or completion_mask).
   train: train.jsonl
   #train: {path: openai/gsm8k, name: main, split: train}
-  # Held-out rows: divergence from the teacher, perplexity and agreement are measured on them.
+  # Held-out rows: divergence from the teacher, perplexity and agreement are measured on them. Optional: without them, set
+  # eval_strategy below to "no".
   eval: eval.jsonl
   # In tokens; longer rows lose their end.
   max_length: 512

@@ -314,7 +314,9 @@ def tokenize(
             f" ({', '.join(ids)}{more})",
             stacklevel=2,
         )
-    logger.info("%s: %d rows, %d tokens to train on, %d rows cut", name, len(kept), sum(counted), sum(tokenized["cut"][:]))
+    logger.info("%s: %d rows, %d tokens to train on", name, len(kept), sum(counted))
+    if cut := sum(tokenized["cut"][:]):
+        logger.warning("%s: %d of %d rows are longer than max_length=%d and lose their end", name, cut, len(counted), max_length)
     tokenized = tokenized.remove_columns(["counted", "cut"])
     return tokenized.select(kept) if len(kept) < len(counted) else tokenized
 
@@ -327,7 +329,7 @@ def _shape_of(found: Sequence[str], name: str) -> str:
     problem = f"the columns fit several shapes ({', '.join(fitting)})" if fitting else "the columns make no known shape"
     raise DataError(
         f"{name}: {problem}; found {', '.join(found)}; expected one of {accepted}."
-        " Say which columns to read with columns, as in {prompt: question, completion: answer}"
+        " Rename them: `columns={'prompt': 'question', ...}` of load_rows, data.columns in a configuration, or dataset.rename_columns"
     )
 
 

@@ -235,6 +235,7 @@ def _forward(lm: Any, head_forward: Callable[[Tensor], Tensor], inputs: dict[str
 
 def _causal_lm(model: Any) -> Any:
     """The transformers model inside: `model` itself, or what a PEFT model wraps."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     config = getattr(model, "peft_config", None)
     if isinstance(config, dict) and hasattr(model, "get_base_model"):
         if any(getattr(c, "is_prompt_learning", False) for c in config.values()):

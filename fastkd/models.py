@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -47,7 +48,8 @@ def load_model(
         FileNotFoundError: a path or GGUF file that does not exist.
     """
     source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **kwargs)
+    with _named(source):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **kwargs)
     return model if layers is None else keep_layers(model, layers)
 
 
@@ -64,7 +66,8 @@ def load_tokenizer(
         FileNotFoundError: a path or GGUF file that does not exist.
     """
     source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    with _named(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -134,6 +137,17 @@ def check_tokenizers(student_tokenizer: PreTrainedTokenizerBase, teacher_tokeniz
             f"the tokenizers differ: id {i} is {student[i]!r} to the student and {teacher[i]!r} to the teacher "
             f"({len(different)} of {len(student.keys() & teacher.keys())} shared ids differ); expected one vocabulary"
         )
+
+
+@contextlib.contextmanager
+def _named(source: str) -> Iterator[None]:
+    """The library's errors for names that are neither here nor on the hub speak of connections and not of the name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if Path(source).exists():
+            raise
+        raise FileNotFoundError(f"no model {source!r}: no such folder here, and the hub did not give it ({error})") from error
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

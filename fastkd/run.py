@@ -36,10 +36,14 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
     """
     output = Path(config.output_dir)
     _check_folder(output, config, resume)
+    if config.data.eval is None and config.training.get("eval_strategy", "no") != "no":
+        raise ConfigError(f"{config.path}: training.eval_strategy: there are no rows to evaluate on; name data.eval, or leave it out")
     with _blamed(config, "training"):
         args = _arguments(config)
     teacher_name, teacher_spec = next(iter(config.teachers.items()))
     student_spec = config.student
+    if student_spec.model == teacher_spec.model and student_spec.layers == teacher_spec.layers:
+        logger.warning("student and teacher are the same model (%s): there is nothing to learn", student_spec.model)
 
     with _blamed(config, "data.train"):
         train_rows = load_rows(config.data.train, columns=config.data.columns)
@@ -77,15 +81,23 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
     if resume and start is None:
         logger.warning("no complete checkpoint in %s: starting from the beginning", output)
     if start is None and eval_rows is not None:
-        trainer.evaluate()
+        _say("before", trainer.evaluate())
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
     evaluated = any(row["step"] == trainer.state.global_step and "eval_kl" in row for row in read_metrics(output))
     if eval_rows is not None and not evaluated:
-        trainer.evaluate()
+        _say("after", trainer.evaluate())
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_report(output, output.name, _facts(config, teacher_name, trainer))
     return output
+
+
+def _say(when: str, found: dict[str, float]) -> None:
+    print(
+        f"{when}, on {found['eval_tokens']} held-out tokens: KL to the teacher {found['eval_kl']:.3f} nats, cross-entropy"
+        f" {found['eval_ce']:.3f} nats, same first choice {found['eval_agreement']:.1%}",
+        flush=True,
+    )
 
 
 @contextlib.contextmanager
@@ -118,7 +130,10 @@ def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
         before, now = _flat(json.loads(plan.read_text())["config"]), _flat(config.to_dict())
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and not key.startswith(_FREE):
-                refuse(f"was begun with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; to resume, use the same")
+                refuse(
+                    f"was begun with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; to resume, use the same (to train on, begin"
+                    f" another run with student: {output})"
+                )
 
 
 # What may change on resuming: it has no effect on the weights.

@@ -62,6 +62,9 @@ def timeless(folder: str) -> list[dict]:
 
 def test_distill_from_configuration_to_student(place, capsys):
     assert main(["distill", "run.yaml", "loss.temperature=1.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "before, on " in printed
+    assert "after, on " in printed
     student = AutoModelForCausalLM.from_pretrained("out")
     assert student.config.num_hidden_layers == 3
     assert AutoTokenizer.from_pretrained("out").eos_token == "</s>"
@@ -148,6 +151,9 @@ def test_init_writes_a_configuration_that_loads(tmp_path, monkeypatch, capsys):
         (["distill", "run.yaml", "data.columns={prompt: question}"], "run.yaml: data.train"),
         (["distill", "run.yaml", "teacher=./nowhere", "student=teacher"], "run.yaml: teacher: no model at './nowhere'"),
         (["distill", "run.yaml", "student.layers=[0, 9]"], "run.yaml: student: layers has 9"),
+        (["distill", "run.yaml", "student=teachr"], "run.yaml: student: no model 'teachr': no such folder here"),
+        (["distill", "run.yaml", "data.columns={question: prompt}"], "run.yaml: data.columns: expected {our name: the file's name}"),
+        (["distill", "run.yaml", "data.eval=null", "training.eval_strategy=epoch"], "run.yaml: training.eval_strategy"),
         (["distill", "run.yaml", "plan=pocl"], "run.yaml: plan: not available in this version"),
         (["distill", "run.yaml", "training.lr_scheduler_type=zigzag"], "run.yaml: training.lr_scheduler_type"),
         (["distill", "run.yaml", "training.report_to=tensorboard"], "run.yaml: training: RuntimeError: TensorBoard"),

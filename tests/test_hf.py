@@ -419,3 +419,12 @@ def test_split_of_a_multimodal_model_on_text() -> None:
     config = transformers.LlavaConfig(vision_config={"model_type": "siglip_vision_model", **vision}, text_config=text, image_token_id=100)
     model = transformers.LlavaForConditionalGeneration(config).eval()
     verify_head(model, torch.arange(3, 12)[None])
+
+
+def test_a_compiled_model_is_split_like_the_model():
+    from .tiny import tiny_llama
+
+    model = tiny_llama(1)
+    ids = torch.tensor([[3, 4, 5]])
+    hidden, head = hidden_states_and_head(torch.compile(model, backend="eager"), input_ids=ids)
+    torch.testing.assert_close(head.logits(hidden), model(ids).logits)

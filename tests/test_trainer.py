@@ -366,6 +366,15 @@ def test_models_by_path(tmp_path):
     assert run.state.global_step == 4
 
 
+def test_a_divergence_with_its_parameters_is_one_argument(tmp_path):
+    from fastkd import divergence
+
+    found = config(tmp_path, divergence=divergence("jsd", beta=0.1))
+    assert (found.divergence, found.divergence_parameters) == ("jsd", {"beta": 0.1})
+    with pytest.raises(ValueError, match="divergence_parameters"):
+        config(tmp_path, divergence=divergence("jsd", beta=0.1), divergence_parameters={"beta": 0.1})
+
+
 def test_a_collator_of_ones_own(tmp_path):
     def collate(batch):
         length = max(len(row["input_ids"]) for row in batch)
@@ -405,6 +414,8 @@ def test_a_collator_of_ones_own(tmp_path):
         (lambda f: config(f, torch_compile=True), "torch_compile"),
         (lambda f: config(f, use_liger_kernel=True), "use_liger_kernel"),
         (lambda f: config(f, gradient_accumulation_steps=0), "gradient_accumulation_steps"),
+        (lambda f: config(f, per_device_train_batch_size=0), "per_device_train_batch_size"),
+        (lambda f: trainer(f, teacher="no/such"), "no model 'no/such': no such folder here"),
         (lambda f: config(f, max_steps=-1, num_train_epochs=0), "num_train_epochs"),
         (lambda f: config(f, chunk_tokens=-1), "chunk_tokens"),
         (lambda f: trainer(f, model_init_kwargs={"dtype": "float32"}), "model_init_kwargs"),
@@ -412,7 +423,7 @@ def test_a_collator_of_ones_own(tmp_path):
     ],
 )
 def test_arguments_that_do_not_fit_are_named(tmp_path, change, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, OSError), match=message):
         change(tmp_path)
 
 
