@@ -40,6 +40,16 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start_s)
 
 
+def timed(benchmark, step: Callable[[], object], floor: Callable[[], object], device: torch.device, rounds: int) -> dict[str, object]:
+    """Times of the step and, before each, of the floor."""
+    ours: list[float] = []
+    bare: list[float] = []
+    benchmark.pedantic(
+        lambda: ours.append(milliseconds(step, device)), setup=lambda: bare.append(milliseconds(floor, device)), rounds=rounds
+    )
+    return {"ms": min(ours), "gemms_ms": min(bare), "ratio": min(ours) / min(bare), "all_ms": ours, "all_gemms_ms": bare}
+
+
 def differences(result: tuple[torch.Tensor, ...], ours: tuple[torch.Tensor, ...]) -> dict[str, float]:
     def relative(a: torch.Tensor, b: torch.Tensor) -> float:
         return ((a.float() - b.float()).norm() / b.float().norm()).item()
@@ -80,16 +90,8 @@ def test_loss(shape, divergence, provider, problem, device, ours, request, bench
         row["agrees"] = max(row["difference"].values()) <= AGREEMENT[SHAPES[shape].dtype]
 
     del first
-    times: dict[str, list[float]] = {"step": [], "floor": []}
     rounds = request.config.getoption("--rounds")
-    benchmark.pedantic(
-        lambda: times["step"].append(milliseconds(step, device)),
-        setup=lambda: times["floor"].append(milliseconds(floor, device)),
-        rounds=rounds if provider == "fastkd" else max(1, rounds // 2),
-    )
-    row["ms"], row["gemms_ms"] = min(times["step"]), min(times["floor"])
-    row["ratio"] = row["ms"] / row["gemms_ms"]
-    row["all_ms"], row["all_gemms_ms"] = times["step"], times["floor"]
+    row |= timed(benchmark, step, floor, device, rounds if provider == "fastkd" else max(1, rounds // 2))
     problem.hidden.grad = problem.weight.grad = None
 
     try:
@@ -110,11 +112,4 @@ def test_floor_without_allocation(shape, problem, device, request, benchmark, re
     record_property("row", row)
     step, floor = FLOOR["gemms preallocated"](problem), FLOOR["gemms"](problem)
     step()
-    times: dict[str, list[float]] = {"step": [], "floor": []}
-    benchmark.pedantic(
-        lambda: times["step"].append(milliseconds(step, device)),
-        setup=lambda: times["floor"].append(milliseconds(floor, device)),
-        rounds=request.config.getoption("--rounds"),
-    )
-    row |= {"ms": min(times["step"]), "gemms_ms": min(times["floor"]), "ratio": min(times["step"]) / min(times["floor"])}
-    row |= {"all_ms": times["step"], "all_gemms_ms": times["floor"]}
+    row |= timed(benchmark, step, floor, device, request.config.getoption("--rounds"))

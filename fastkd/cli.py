@@ -82,12 +82,10 @@ def _distill(arguments: argparse.Namespace) -> int:
         _fail(f"{error}; {_NEEDS}")
     try:
         folder = distill(config, resume=arguments.resume)
-    except ConfigError as error:
-        _fail(error)
     except (NonFiniteLossError, ValueError, TypeError, OSError) as error:
         if arguments.debug:
             raise
-        _fail(f"{arguments.config}: {error}")
+        _fail(error if isinstance(error, ConfigError) else f"{arguments.config}: {error}")
     print(f"student, metrics.jsonl and report.html: {folder}")
     return 0
 

@@ -25,7 +25,7 @@ def has_mixed_mm(device: torch.device, dtype: torch.dtype) -> bool:
         torch.addmm(out, a, a, out_dtype=torch.float32, out=out)
     except torch.OutOfMemoryError:
         raise  # says nothing of what the device can do, and would be remembered
-    except (RuntimeError, TypeError, NotImplementedError):
+    except (RuntimeError, TypeError):
         return False
     return True
 

@@ -144,16 +144,12 @@ def _chunk_size(tokens: int, bytes_per_token: int, device: torch.device, chunk_t
     return math.ceil(tokens / math.ceil(tokens / most))
 
 
-def _gather(x: Tensor, rows: Tensor | None, part: slice, leading: torch.Size | None = None) -> Tensor:
-    """The rows of a chunk. With ``leading``, x has these leading dimensions, which do not flatten without a copy."""
-    if leading is None:
+def _gather(x: Tensor, rows: Tensor | None, part: slice) -> Tensor:
+    """The rows of a chunk; of ``[N]``, ``[N, D]``, or a tensor of more dimensions, whose leading ones do not flatten without a copy."""
+    if x.ndim <= 2:
         return x[part] if rows is None else x.index_select(0, rows[part])
     index = torch.arange(part.start, part.stop, device=x.device) if rows is None else rows[part]
-    return x[torch.unravel_index(index, leading)]
-
-
-def _leading(x: Tensor) -> torch.Size | None:
-    return None if x.ndim == 2 else x.shape[:-1]
+    return x[torch.unravel_index(index, x.shape[:-1])]
 
 
 @torch.library.custom_op("fastkd::kd", mutates_args=())
@@ -234,11 +230,11 @@ def _kd(
     shared_bias = None if teacher_bias is None else teacher_bias[: chunks.shared]
     for start in range(0, n, chunks.size):
         part = slice(start, min(start + chunks.size, n))
-        x = _gather(student, rows, part, _leading(student))
+        x = _gather(student, rows, part)
         zs, dz = chunks.student_buffers(x, out, rows is None, part)
         if weight is not None:
             gemm.logits(x, weight, zs)
-        zt = None if kd_values is None else chunks.teacher_logits(_gather(teacher, rows, part, _leading(teacher)), teacher_weight)
+        zt = None if kd_values is None else chunks.teacher_logits(_gather(teacher, rows, part), teacher_weight)
         row_losses(
             zs, zt, None if targets is None else targets[part], row_weight[part] * boost, spec,
             dz=dz,

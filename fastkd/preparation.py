@@ -92,11 +92,16 @@ def check_best_metric(args: KDConfig, eval_dataset: Any, compute_metrics: Any) -
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}, got {args.metric_for_best_model!r}")
 
 
-def check_fits(dataset: Dataset, model: Any, who: str) -> None:
-    """Refuse token ids and lengths that the model's embeddings do not have: on a GPU they end in an assertion that names nothing."""
+def check_fits(dataset: Dataset, *, student: Any, teacher: Any) -> None:
+    """Refuse token ids and lengths that a model's embeddings do not have: on a GPU they end in an assertion that names nothing."""
     columns = [batch["input_ids"] for batch in dataset.with_format("arrow").iter(10_000)]
     largest = max(pc.max(pc.list_flatten(c)).as_py() for c in columns)
     longest = max(pc.max(pc.list_value_length(c)).as_py() for c in columns)
+    for who, model in (("the student", student), ("the teacher", teacher)):
+        _check_embeddings(model, who, largest, longest)
+
+
+def _check_embeddings(model: Any, who: str, largest: int, longest: int) -> None:
     embeddings = [(name, m.num_embeddings) for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
     tokens = model.get_input_embeddings()
     if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
@@ -111,14 +116,10 @@ def check_fits(dataset: Dataset, model: Any, who: str) -> None:
 
 def check_head(argument: str, model: Any) -> None:
     ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
-    was_training = model.training
-    model.eval()
     try:
         verify_head(model, ids)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
-    finally:
-        model.train(was_training)
 
 
 def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDConfig, name: str) -> Dataset:

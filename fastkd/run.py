@@ -1,7 +1,6 @@
 """A run from its configuration: data, models, training, evaluation before and after, and the folder that it leaves."""
 
 import contextlib
-import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -12,8 +11,9 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from . import checkpoints
 from .config import ConfigError, ModelSpec, RunConfig
-from .data import load_rows, tokenize
+from .data import load_rows
 from .models import check_tokenizers, load_model, load_tokenizer
+from .preparation import tokenized
 from .report import METRICS, read_metrics, write_report
 from .trainer import KDConfig, KDTrainer
 
@@ -53,16 +53,9 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
         tokenizer = load_tokenizer(student_spec.model, **_place(student_spec))
     with _blamed(config, "teacher"):
         check_tokenizers(tokenizer, load_tokenizer(teacher_spec.model, **_place(teacher_spec)))
-    tokenized = functools.partial(
-        tokenize,
-        tokenizer=tokenizer,
-        max_length=config.data.max_length,
-        completion_only_loss=config.data.completion_only_loss,
-        chat_template=config.data.chat_template,
-    )
     with _blamed(config, "data"):
-        train_data = tokenized(train_rows, name="train")
-        eval_data = None if eval_rows is None else tokenized(eval_rows, name="eval")
+        train_data = tokenized(train_rows, tokenizer, args, "train")
+        eval_data = None if eval_rows is None else tokenized(eval_rows, tokenizer, args, "eval")
     with _blamed(config, "teacher"):
         teacher = _load(teacher_spec, None)
     with _blamed(config, "student"):

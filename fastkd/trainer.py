@@ -149,8 +149,7 @@ class KDTrainer(Trainer):
         self.teacher.to(args.device)
         for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])):
             if data is not None:
-                check_fits(data, student, "the student")
-                check_fits(data, self.teacher, "the teacher")
+                check_fits(data, student=student, teacher=self.teacher)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_head("model", student)
             check_head("teacher_model", self.teacher)
@@ -267,8 +266,7 @@ class KDTrainer(Trainer):
     def _prepared(self, dataset: Any, name: str) -> Dataset:
         tokenizer: Any = self.processing_class
         dataset = tokenized(dataset, tokenizer, self.args, name)
-        check_fits(dataset, self.model, "the student")
-        check_fits(dataset, self.teacher, "the teacher")
+        check_fits(dataset, student=self.model, teacher=self.teacher)
         return dataset
 
     def evaluation_loop(

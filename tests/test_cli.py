@@ -181,6 +181,14 @@ def test_a_loss_that_is_not_finite_is_one_line_with_the_samples(place, capsys):
     assert "the loss is not finite at step 1; samples: s" in line
 
 
+def test_debug_shows_the_traceback(place):
+    """Of an error that is blamed on a key of the configuration, too."""
+    from fastkd.config import ConfigError
+
+    with pytest.raises(ConfigError, match="teacher: no model"):
+        main(["distill", "run.yaml", "--debug", "student=teacher", "teacher=./nowhere"])
+
+
 def test_bench_needs_a_checkout(tmp_path, monkeypatch, capsys):
     import fastkd.cli
 
