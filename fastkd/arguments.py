@@ -22,6 +22,8 @@ _REFUSED = {
     "bf16_full_eval": "models are evaluated in the dtype they are trained in",
     "fp16_full_eval": "models are evaluated in the dtype they are trained in",
     "use_liger_kernel": "not available in this version",
+    "auto_find_batch_size": "the plan fixes the batches",
+    "ignore_data_skip": "a resumed run goes on with the samples that follow",
     "torch_compile": "the student's head is taken out of its forward; compile its layers instead (`layer.compile()` for each)",
 }
 
@@ -37,8 +39,10 @@ class KDConfig(TrainingArguments):
         kd_ratio: in [0, 1], ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         max_length: tokens of a row; longer ones are cut on the right.
         completion_only_loss: count only completions and assistants' turns; None: yes where the rows have them.
+        packing: join the rows to a stream, cut into rows of max_length: pretraining (`fastkd.packing.pack`).
         chat_template: apply the tokenizer's chat template to plain ``prompt`` and ``completion`` strings too.
         chunk_tokens, logits_dtype ("float32" or the hidden states' dtype): as in `fused_linear_kd`.
+        store: keep the teacher's signals on disk: ``{"path": ...}`` and further fields of `fastkd.store.StoreSpec`.
         model_init_kwargs, teacher_model_init_kwargs: keywords of `fastkd.models.load_model` for models given by name. A student is loaded
             in float32 unless its ``dtype`` is given, a teacher in its checkpoint's dtype.
     """
@@ -51,8 +55,10 @@ class KDConfig(TrainingArguments):
     max_length: int = 512
     completion_only_loss: bool | None = None
     chat_template: bool | None = None
+    packing: bool = False
     chunk_tokens: int | None = None
     logits_dtype: str | None = None
+    store: dict[str, Any] | None = None
     model_init_kwargs: dict[str, Any] | None = None
     teacher_model_init_kwargs: dict[str, Any] | None = None
     # The batches carry columns that no model's forward names.

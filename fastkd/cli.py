@@ -1,4 +1,4 @@
-"""The command line: ``fastkd init``, ``fastkd distill``, ``fastkd bench``.
+"""The command line.
 
 A user's mistake is one line on standard error and exit status 2.
 """
@@ -6,9 +6,9 @@ A user's mistake is one line on standard error and exit status 2.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ._version import __version__
 
@@ -30,25 +30,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="fastkd", description="Distil Hugging Face causal language models with fused losses.")
     parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        """A command that takes a configuration."""
+        found = commands.add_parser(name, help=text, description=text)
+        found.add_argument("config", metavar="CONFIG.yaml")
+        found.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the configuration")
+        found.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return found
+
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("config", nargs="?", default="fastkd.yaml", metavar="CONFIG.yaml")
-    distill = commands.add_parser("distill", help="train a student")
-    distill.add_argument("config", metavar="CONFIG.yaml")
+    distill = command("distill", "train a student")
     distill.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in output_dir")
-    distill.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    distill.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the configuration")
+    command("plan", "print the stages: samples, steps, tokens, teacher, knobs, learning rate")
+    score = command("score", "score and rank the samples' difficulty, to a Parquet file")
+    score.add_argument("--compare", nargs="*", metavar="FILE.parquet", help="how far the signals, or the scores of these files, agree")
+    command("cache", "fill the teacher store")
+    _add_eval(commands)
     commands.add_parser("bench", help="speed and memory of the loss against the peers that are installed", add_help=False)
 
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         return _bench(rest)
-    if rest:
-        # Overrides after --resume are left over by argparse.
-        unknown = [word for word in rest if word.startswith("-")]
-        if unknown or arguments.command != "distill":
-            parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
-        arguments.overrides += rest
-    return _init(arguments.config) if arguments.command == "init" else _distill(arguments)
+    if arguments.command == "init":
+        return _init(arguments.config) if not rest else parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "eval":
+        return _run(arguments, _eval) if not rest else parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Overrides after an option are left over by argparse, or taken for the option's own.
+    if unknown := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides += rest
+    if getattr(arguments, "compare", None):
+        arguments.overrides += [word for word in arguments.compare if "=" in word]
+        arguments.compare = [word for word in arguments.compare if "=" not in word]
+    return _run(arguments, {"distill": _distill, "plan": _plan, "score": _score, "cache": _cache}[arguments.command])
+
+
+def _run(arguments: argparse.Namespace, command: Callable[[argparse.Namespace], None]) -> int:
+    """Runs a command; a user's mistake becomes one line."""
+    try:
+        command(arguments)
+    except ImportError as error:
+        if arguments.debug:
+            raise
+        _fail(error if "pip install" in str(error) else f"{error}; {_NEEDS}")
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        known = type(error).__name__ in ("ConfigError", "NonFiniteLossError")
+        if arguments.debug or (isinstance(error, RuntimeError) and not known):
+            raise
+        _fail(error if type(error).__name__ == "ConfigError" else f"{getattr(arguments, 'config', 'eval')}: {error}")
+    return 0
+
+
+def _config(arguments: argparse.Namespace):
+    from .config import load_config
+
+    return load_config(arguments.config, arguments.overrides)
 
 
 def _init(name: str) -> int:
@@ -66,28 +104,92 @@ def _init(name: str) -> int:
     return 0
 
 
-def _distill(arguments: argparse.Namespace) -> int:
-    try:
-        from .config import ConfigError, load_config
-    except ImportError as error:
-        _fail(f"{error}; {_NEEDS}")
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-    except ConfigError as error:
-        _fail(error)
-    try:
-        from .run import distill
-        from .trainer import NonFiniteLossError
-    except ImportError as error:
-        _fail(f"{error}; {_NEEDS}")
-    try:
-        folder = distill(config, resume=arguments.resume)
-    except (NonFiniteLossError, ValueError, TypeError, OSError) as error:
-        if arguments.debug:
-            raise
-        _fail(error if isinstance(error, ConfigError) else f"{arguments.config}: {error}")
-    print(f"student, metrics.jsonl and report.html: {folder}")
-    return 0
+def _distill(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from .run import distill
+
+    print(f"student, metrics.jsonl and report.html: {distill(config, resume=arguments.resume)}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from .run import show_plan
+
+    print(show_plan(config), end="")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from .difficulty import compare, format_comparison
+    from .run import score
+
+    path = score(config)
+    print(f"scores: {path}")
+    if arguments.compare is not None:
+        print(format_comparison(compare([path, *arguments.compare])), end="")
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    from .run import fill_stores
+
+    for store, batches in fill_stores(config).items():
+        print(f"store {store}: complete, {batches} batches computed now")
+
+
+def _add_eval(commands: Any) -> None:
+    text = "answers of a model against references: ROUGE-L, exact match, perplexity"
+    found = commands.add_parser("eval", help=text, description=text)
+    found.add_argument("model", metavar="MODEL", help="a name, a folder or a GGUF file")
+    found.add_argument(
+        "data", metavar="DATA", nargs="?", help="a .json, .jsonl or .parquet file, or a data set's name; none with --lm-eval alone"
+    )
+    found.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="rename a column: prompt=question")
+    found.add_argument("--split", help="of a data set by name")
+    found.add_argument("--rows", type=int, help="the first so many rows")
+    found.add_argument("--max-length", type=int, default=1024, help="tokens of a row (1024)")
+    found.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer (256)")
+    found.add_argument("--chat-template", action="store_true", help="render plain prompts with the tokenizer's chat template")
+    found.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
+    found.add_argument("--top-p", type=float, default=1.0)
+    found.add_argument("--seeds", type=int, default=1, help="so many runs of sampled generation, with mean and standard deviation")
+    found.add_argument("--batch-size", type=int, default=8)
+    found.add_argument("--dtype", help="of the model; default: the checkpoint's")
+    found.add_argument("--device", help="default: the GPU, if there is one")
+    found.add_argument(
+        "--metrics", nargs="+", metavar="METRIC", help="some of rouge_l, exact_match, perplexity, ce; default: all that the data allow"
+    )
+    found.add_argument("--out", metavar="FILE.json", help="write the result as JSON")
+    found.add_argument("--answers", metavar="FILE.jsonl", help="write each answer")
+    found.add_argument("--lm-eval", nargs="+", metavar="TASK", default=[], help="tasks of lm-eval as well (pip install 'fastkd[eval]')")
+    found.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from .quality import evaluate_file
+
+    text = evaluate_file(
+        arguments.model,
+        arguments.data,
+        columns=_columns(arguments.column),
+        tasks=arguments.lm_eval,
+        out=arguments.out,
+        **{key: value for key, value in vars(arguments).items() if key in _EVAL_OPTIONS},
+    )
+    print(text, end="")
+
+
+_EVAL_OPTIONS = (
+    "split", "rows", "max_length", "max_new_tokens", "chat_template", "temperature", "top_p", "seeds", "batch_size", "dtype", "device",
+    "metrics", "answers",
+)  # fmt: skip
+
+
+def _columns(pairs: Sequence[str]) -> dict[str, str]:
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise ValueError(f"--column {pair!r}: expected OURS=THEIRS, as in prompt=question")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _bench(rest: list[str]) -> int:

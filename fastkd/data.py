@@ -524,6 +524,9 @@ class KDCollator:
     Returns (from a call with a list of B rows):
         ``input_ids``, ``attention_mask``, ``labels`` and ``shift_labels``, ``[B, S]`` int64, and ``sample_index``, ``[B]`` int64.
         ``labels`` are not shifted. ``shift_labels[:, t]`` is ``labels[:, t + 1]``, what position t predicts; its last column is -100.
+
+        Rows with a column ``position_ids`` (`fastkd.packing.pack`) give ``position_ids``, ``[B, S]`` int64, in place of
+        ``attention_mask``, without which models take a restart at 0 for the start of a document; the padding is a document of its own.
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
@@ -542,11 +545,14 @@ class KDCollator:
         for column in ("input_ids", "labels", "sample_index"):
             if any(column not in row for row in rows):
                 raise ValueError(f"rows: expected the columns input_ids, labels and sample_index, got {', '.join(rows[0])}")
+        packed = ["position_ids" in row for row in rows]
+        if any(packed) and not all(packed):
+            raise ValueError("rows: position_ids: expected in all rows of a batch or in none, got some of each")
         multiple = self.pad_to_multiple_of or 1
         length = -(-max(len(row["input_ids"]) for row in rows) // multiple) * multiple
         batch = {
             "input_ids": torch.full((len(rows), length), self.pad_token_id),
-            "attention_mask": torch.zeros(len(rows), length, dtype=torch.int64),
+            "position_ids" if all(packed) else "attention_mask": torch.zeros(len(rows), length, dtype=torch.int64),
             "labels": torch.full((len(rows), length), IGNORE),
             "shift_labels": torch.full((len(rows), length), IGNORE),
             "sample_index": torch.tensor([int(row["sample_index"]) for row in rows]),
@@ -554,7 +560,11 @@ class KDCollator:
         for i, row in enumerate(rows):
             n = len(row["input_ids"])
             batch["input_ids"][i, :n] = torch.as_tensor(row["input_ids"])
-            batch["attention_mask"][i, :n] = 1
+            if all(packed):
+                batch["position_ids"][i, :n] = torch.as_tensor(row["position_ids"])
+                batch["position_ids"][i, n:] = torch.arange(length - n)
+            else:
+                batch["attention_mask"][i, :n] = 1
             batch["labels"][i, :n] = torch.as_tensor(row["labels"])
         batch["shift_labels"][:, :-1] = batch["labels"][:, 1:]
         return batch

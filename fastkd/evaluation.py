@@ -8,7 +8,7 @@ from torch import Tensor
 from . import gemm
 from .hf import Head
 from .reference import divergence_per_token
-from .signals import TeacherHidden
+from .signals import Signal, TeacherHidden, TeacherLogits, TeacherTopK
 
 __all__ = ["token_metrics"]
 
@@ -19,7 +19,7 @@ CHUNK_BYTES = 256 << 20  # of fp32 logits of student and teacher together
 def token_metrics(
     hidden: Tensor,
     head: Head,
-    teacher: TeacherHidden,
+    teacher: Signal | None,
     labels: Tensor,
     divergence: str = "forward_kl",
     parameters: Mapping[str, float] | None = None,
@@ -29,31 +29,60 @@ def token_metrics(
 
     Args:
         hidden, head: the student's, ``[B, S, D_s]``.
-        teacher: hidden states ``[B, S, D_t]`` and head.
+        teacher: a signal for the same tokens, or None.
         labels: ``[B, S]`` int64, aligned with the hidden states.
-        divergence, parameters, temperature: of ``kd``; the others are at temperature 1.
+        divergence, parameters, temperature: of ``kd``; the others are at temperature 1, but for ``kl`` to a TeacherTopK.
 
     Returns:
         By name, each ``[B, S]``, fp32, 0 where a token does not count. ``kd``: the divergence, without the factor temperature ** 2, nats.
-        ``kl``: forward KL to the teacher over the shared vocabulary, nats.
-        ``ce``: cross-entropy of the label, nats. ``agree``: 1 where both models' most probable token is the same. And ``top1``, int64: the
-        student's most probable token, -100 where none counts.
+        ``kl``: forward KL to the teacher over the shared vocabulary, nats; to a TeacherTopK that of its K + 1 buckets at its own
+        temperature, a lower bound.
+        ``ce``: cross-entropy of the label, nats. ``agree``: 1 where both models' most probable token is the same. Without a teacher
+        ``kd``, ``kl`` and ``agree`` are nan. And ``top1``, int64: the student's most probable token, -100 where none counts.
+
+    Raises:
+        ValueError: ``temperature`` is not the TeacherTopK's.
     """
-    teacher_head = Head(teacher.weight, teacher.bias, teacher.softcap, teacher.scale)
     rows = (labels != -100).flatten().nonzero().squeeze(1)
     out = {name: torch.zeros(labels.numel(), device=labels.device) for name in ("kd", "kl", "ce", "agree")}
     top1 = torch.full((labels.numel(),), -100, device=labels.device)
-    step = max(1, CHUNK_BYTES // (4 * (head.weight.shape[0] + teacher.weight.shape[0])))
-    for part in rows.split(step):
+    width = head.weight.shape[0] + (teacher.weight.shape[0] if isinstance(teacher, TeacherHidden) else 0)
+    for part in rows.split(max(1, CHUNK_BYTES // (4 * width))):
         with torch.autocast(hidden.device.type, enabled=False):
-            zs, zt = _logits(hidden, head, part), _logits(teacher.hidden, teacher_head, part)
-        out["kl"][part] = divergence_per_token(zs, zt)
-        same = divergence == "forward_kl" and temperature == 1.0
-        out["kd"][part] = out["kl"][part] if same else divergence_per_token(zs, zt, divergence, parameters, temperature)
+            zs = _logits(hidden, head, part)
+            found = _teacher_rows(teacher, part)
         out["ce"][part] = torch.nn.functional.cross_entropy(zs, labels.flatten()[part], reduction="none")
         top1[part] = zs.argmax(-1)
-        out["agree"][part] = (top1[part] == zt.argmax(-1)).float()
+        if found is None:
+            for name in ("kd", "kl", "agree"):
+                out[name][part] = torch.nan
+            continue
+        at, favourite = (
+            (found.temperature, found.ids.gather(-1, found.log_probs.argmax(-1, keepdim=True)).squeeze(-1))
+            if isinstance(found, TeacherTopK)
+            else (1.0, found.argmax(-1))
+        )
+        out["kl"][part] = divergence_per_token(zs, found, temperature=at)
+        same = divergence == "forward_kl" and temperature == at
+        out["kd"][part] = out["kl"][part] if same else divergence_per_token(zs, found, divergence, parameters, temperature)
+        out["agree"][part] = (top1[part] == favourite).float()
     return {name: value.view_as(labels) for name, value in {**out, "top1": top1}.items()}
+
+
+def _teacher_rows(teacher: Signal | None, rows: Tensor) -> Tensor | TeacherTopK | None:
+    """The teacher's final logits, or its lists, of some tokens."""
+    match teacher:
+        case TeacherHidden(hidden, weight, bias, softcap, scale):
+            return _logits(hidden, Head(weight, bias, softcap, scale), rows)
+        case TeacherLogits(logits):
+            return logits.flatten(0, -2)[rows].to(torch.promote_types(logits.dtype, torch.float32))
+        case TeacherTopK(ids, log_probs, temperature, log_tail):
+            tail = None if log_tail is None else log_tail.flatten()[rows]
+            return TeacherTopK(ids.flatten(0, -2)[rows].long(), log_probs.flatten(0, -2)[rows], temperature, tail)
+        case None:
+            return None
+        case _:
+            raise TypeError(f"teacher: expected TeacherHidden, TeacherLogits, TeacherTopK or None, got {type(teacher).__name__}")
 
 
 def _logits(hidden: Tensor, head: Head, rows: Tensor) -> Tensor:

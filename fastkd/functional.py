@@ -82,7 +82,7 @@ class LossParts:
 def fused_linear_kd(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: Signal,
+    teacher: Signal | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -111,10 +111,11 @@ def fused_linear_kd(
         student_hidden: ``[..., D_s]``; leading dimensions flatten to N tokens. fp16, bf16, fp32 or float64.
         student_weight: ``[V_s, D_s]``, the LM head as `torch.nn.Linear` stores it, in the dtype of ``student_hidden``. Under autocast
             both are cast, as a linear layer would.
-        teacher: `TeacherHidden` or `TeacherLogits` with the same leading dimensions. Never receives a gradient.
+        teacher: `TeacherHidden`, `TeacherLogits` or `TeacherTopK` with the same leading dimensions. Never receives a gradient.
+            None where ``kd_ratio`` is 0. With a TeacherTopK KD compares its K + 1 buckets, over all of V_s.
         labels: ``[...]`` int64, aligned with the hidden states: the caller shifts.
-        divergence: a name in `DIVERGENCES`, or ``divergence("jsd", beta=0.1)``.
-        temperature: > 0, divides both models' final logits.
+        divergence: a name in `DIVERGENCES`, or ``divergence("jsd", beta=0.1)``. alpha_beta takes a TeacherTopK where alpha + beta = 1.
+        temperature: > 0, divides both models' final logits. A TeacherTopK holds for its own temperature alone.
         temperature_squared: multiply the KD term, value and gradient alike, by ``temperature ** 2``.
         kd_ratio: in [0, 1]; < 1 needs labels. A term whose share is 0 is not computed.
         token_weight: ``[...]`` floating point, >= 0. A token counts when its weight is > 0 and its label is not ``ignore_index``.
@@ -122,7 +123,7 @@ def fused_linear_kd(
         student_bias: ``[V_s]``. student_softcap, student_scale: see above.
         chunk_tokens: most tokens whose logits are held at a time; default: from a memory budget.
         return_parts: return ``(loss, LossParts)``.
-        impl: "triton", "torch", or "auto": Triton for CUDA tensors where it is installed, torch elsewhere and for float64.
+        impl: "triton", "torch", or "auto": Triton for CUDA tensors where it is installed, torch elsewhere, for float64 and for TeacherTopK.
         logits_dtype: torch.float32 (default) or the hidden states' own 16-bit dtype: less memory, gradients several percent off
             when student and teacher are close.
         temperature, kd_ratio, normalizer, softcap, scale and the divergence's parameters are numbers or 0-d tensors and may change
@@ -159,7 +160,7 @@ def fused_linear_kd(
 
 def kd_loss(
     student_logits: Tensor,
-    teacher: Signal,
+    teacher: Signal | None,
     labels: Tensor | None = None,
     *,
     divergence: str | Divergence = "forward_kl",
@@ -227,6 +228,7 @@ def _loss(
         "student_softcap": student_softcap,
         "teacher_scale": signal.scale,
         "teacher_softcap": signal.softcap,
+        "teacher_temperature": signal.temperature,
         "normalizer": normalizer,
     }
     assert tuple(knobs) == ops.KNOBS
@@ -239,12 +241,14 @@ def _loss(
         signal.values,
         signal.weight,
         signal.bias,
+        signal.ids,
+        signal.tail,
         None if labels is None else labels.reshape(-1),
         None if token_weight is None else token_weight.detach().reshape(-1),
         _knob_tensor({**knobs, **parameters}, device),
         " ".join(key for key, value in knobs.items() if value is None),
         chosen.name,
-        _implementation(impl, student),
+        _implementation(impl, student, signal),
         ignore_index,
         chunk_tokens or 0,
         logits_dtype or torch.promote_types(student.dtype, torch.float32),
@@ -270,16 +274,21 @@ _divergence = divergence  # the losses' argument of that name hides it
 
 @dataclass(frozen=True, eq=False)
 class _TeacherTensors:
-    values: Tensor  # [N, D_t], or [N, V_t] without a weight
+    values: Tensor | None = None  # [N, D_t]; without a weight [N, V_t]; with ids [N, K]
     weight: Tensor | None = None
     bias: Tensor | None = None
     softcap: Number | None = None
     scale: Number = 1.0
+    ids: Tensor | None = None
+    tail: Tensor | None = None
+    temperature: Number | None = None
 
 
 def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensors:
+    if teacher is None:
+        return _TeacherTensors()
     if isinstance(teacher, TeacherTopK):
-        raise ValueError("teacher: TeacherTopK is not supported by this version's losses; expected TeacherHidden or TeacherLogits")
+        return _top_tensors(teacher, name, student)
     if isinstance(teacher, TeacherLogits):
         _check_floating("teacher.logits", teacher.logits, at_least=1)
         values, weight, bias, softcap, scale = teacher.logits, None, None, None, 1.0
@@ -303,7 +312,7 @@ def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensor
         for argument, tensor in (("teacher.weight", weight), ("teacher.bias", bias)):
             _check_device(argument, tensor, name, student.device)
     else:
-        raise TypeError(f"teacher: expected TeacherHidden, TeacherLogits or TeacherTopK, got {type(teacher).__name__}")
+        raise TypeError(f"teacher: expected TeacherHidden, TeacherLogits, TeacherTopK or None, got {type(teacher).__name__}")
     if values.shape[:-1] != student.shape[:-1]:
         raise ValueError(f"{label}: expected the leading dimensions of {name}, {_shape(student)[:-1]}, got {_shape(values)[:-1]}")
     _check_device(label, values, name, student.device)
@@ -316,10 +325,33 @@ def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensor
     )
 
 
+def _top_tensors(teacher: TeacherTopK, name: str, student: Tensor) -> _TeacherTensors:
+    ids, log_probs, tail = teacher.ids, teacher.log_probs, teacher.log_tail
+    _check_floating("teacher.log_probs", log_probs, at_least=1)
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"teacher.ids: expected a tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"teacher.ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
+    leading = student.shape[:-1]
+    if log_probs.shape[:-1] != leading:
+        raise ValueError(f"teacher.log_probs: expected the leading dimensions of {name}, {list(leading)}, got {_shape(log_probs)[:-1]}")
+    if ids.shape != log_probs.shape:
+        raise ValueError(f"teacher.ids: expected the shape of teacher.log_probs, {_shape(log_probs)}, got {_shape(ids)}")
+    _check_per_token(name, leading, "teacher.log_tail", tail)
+    if tail is not None and not tail.is_floating_point():
+        raise TypeError(f"teacher.log_tail: expected a floating point dtype, got {tail.dtype}")
+    for argument, tensor in (("teacher.ids", ids), ("teacher.log_probs", log_probs), ("teacher.log_tail", tail)):
+        _check_device(argument, tensor, name, student.device)
+    return _TeacherTensors(
+        _flat(log_probs.detach()), ids=_flat(ids), tail=None if tail is None else tail.detach().reshape(-1), temperature=teacher.temperature
+    )
+
+
 def _knob_tensor(knobs: Mapping[str, Any], device: torch.device) -> Tensor:
     """One float64 vector: on the host while all knobs are numbers or host tensors, else on the device, to be read there with the rest."""
+    absent = ("student_softcap", "teacher_softcap", "teacher_temperature", "normalizer")
     for name, value in knobs.items():
-        if value is not None or name not in ("student_softcap", "teacher_softcap", "normalizer"):
+        if value is not None or name not in absent:
             _check_number(name.replace("teacher_", "teacher."), value)
     values = [0.0 if v is None else v for v in knobs.values()]
     if not any(isinstance(v, Tensor) for v in values) and not torch.compiler.is_compiling():
@@ -331,7 +363,11 @@ def _knob_tensor(knobs: Mapping[str, Any], device: torch.device) -> Tensor:
     return torch.stack([v.detach().to(device, torch.float64) if isinstance(v, Tensor) else one * v for v in values])
 
 
-def _implementation(impl: str, student: Tensor) -> str:
+def _implementation(impl: str, student: Tensor, signal: _TeacherTensors) -> str:
+    if signal.ids is not None:
+        if impl == "triton":
+            raise ValueError("impl: 'triton' has no kernel for TeacherTopK; expected 'auto' or 'torch'")
+        impl = "torch" if impl == "auto" else impl
     if impl == "auto":
         return "triton" if student.is_cuda and _triton is not None and student.dtype != torch.float64 else "torch"
     if impl == "torch":

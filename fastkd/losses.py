@@ -49,7 +49,7 @@ class FusedLinearKDLoss(nn.Module):
         self,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher: Signal,
+        teacher: Signal | None,
         labels: Tensor | None = None,
         token_weight: Tensor | None = None,
         normalizer: Number | None = None,

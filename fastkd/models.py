@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-__all__ = ["check_tokenizers", "keep_layers", "load_model", "load_tokenizer"]
+__all__ = ["check_tokenizers", "keep_layers", "load_model", "load_tokenizer", "model_files", "outline"]
 
 _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
@@ -71,6 +72,72 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def outline(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    gguf_file: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """`load_model`'s model without its weights: on the meta device, with its config, shapes and dtypes, and all its layers.
+
+    Raises:
+        ValueError: unknown dtype.
+        FileNotFoundError: a path or GGUF file that does not exist.
+    """
+    source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
+    wanted = _dtype(dtype)
+    known = {k: kwargs[k] for k in ("revision", "token", "subfolder", "local_files_only", "trust_remote_code") if k in kwargs}
+    with _named(source):
+        config = AutoConfig.from_pretrained(source, **known)
+    if wanted == "auto":
+        wanted = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or _stored_dtype(source, kwargs)
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=kwargs.get("trust_remote_code", False))
+    return model.eval()
+
+
+def model_files(
+    name_or_path: str | os.PathLike[str],
+    *,
+    gguf_file: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> list[Path]:
+    """The files that `load_model` reads: `config.json`, then those of the weights. Files on the hub are fetched.
+
+    Raises:
+        FileNotFoundError: a path or GGUF file that does not exist, or a place without a config or weights.
+    """
+    source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
+    found = {k: kwargs[k] for k in ("revision", "token", "subfolder", "local_files_only") if k in kwargs}
+
+    def find(name: str) -> Path | None:
+        if Path(source).is_dir():
+            file = Path(source, found.get("subfolder") or "", name)
+            return file if file.is_file() else None
+        try:
+            return Path(cached_file(source, name, **found) or "")
+        except OSError:  # the hub does not have it, or cannot be reached
+            return None
+
+    config = find("config.json")
+    variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if config is None:
+            break
+        if (one := find(f"{stem}{variant}.{suffix}")) is not None:
+            return [config, one]
+        if (index := find(f"{stem}.{suffix}.index{variant}.json")) is not None:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = [find(name) for name in names]
+            if None in shards:
+                raise FileNotFoundError(f"no file {names[shards.index(None)]!r} in {source!r}, which its {index.name} names")
+            return [config, *(shard for shard in shards if shard is not None)]
+    raise FileNotFoundError(f"no {'config.json' if config is None else 'model.safetensors or pytorch_model.bin'} in {source!r}")
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -157,6 +224,18 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype {dtype!r} is unknown; expected a floating-point torch dtype or its name, such as 'bfloat16'")
     return found
+
+
+def _stored_dtype(source: str, kwargs: dict[str, Any]) -> torch.dtype:
+    """The dtype of a checkpoint whose config does not tell: that of its first floating-point tensor, as in `from_pretrained`."""
+    weights = model_files(source, **kwargs)[1]
+    if weights.suffix == ".safetensors":
+        with safe_open(weights, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                dtype = file.get_slice(name)[:0].dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return torch.float32
 
 
 def _resolve(

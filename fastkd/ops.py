@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd_kernels import rows_torch
+from fastkd_kernels import rows_torch, topk_torch
 from fastkd_kernels.divergences import DEFINITIONS
 from fastkd_kernels.spec import Head, RowSpec
 
@@ -31,6 +31,7 @@ KNOBS = (
     "student_softcap",
     "teacher_scale",
     "teacher_softcap",
+    "teacher_temperature",
     "normalizer",
 )
 
@@ -40,6 +41,20 @@ CHUNK_BYTES = {"cpu": 256 << 20}
 CHUNK_BYTES_GPU = 1 << 30
 CHUNK_TOKENS = 2048
 FP16_BOOST = 64.0  # a gradient of a logit stays far below 65504 / 64
+CHECK_ELEMENTS = 1 << 17  # of [N, K] lists that are checked at a time
+
+
+class _TopK(NamedTuple):
+    """A sparse teacher: ids and log-probabilities, ``[N, K]`` or with their leading dimensions, and the log of the rest, ``[N]``."""
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor | None
+
+    @property
+    def tolerance(self) -> float:
+        """How far a sum of probabilities may be from 1: a softmax in fp32 with large logits, or rounding to 16 bits."""
+        return max(1e-3, 8 * torch.finfo(self.log_probs.dtype).eps)
 
 
 class _Host(NamedTuple):
@@ -52,7 +67,7 @@ class _Host(NamedTuple):
     weight_max: float
 
 
-def _read_host(labels, token_weight, counted, knobs, absent, divergence, vocabulary, ignore_index, tokens) -> _Host:
+def _read_host(labels, token_weight, counted, top, has_teacher, knobs, absent, divergence, vocabulary, ignore_index, tokens) -> _Host:
     """Read counts, ranges and knobs in one transfer and check them."""
     facts: list[Tensor] = []
     if counted is not None:
@@ -64,12 +79,15 @@ def _read_host(labels, token_weight, counted, knobs, absent, divergence, vocabul
         w = torch.where(counted, token_weight, 0)
         # A NaN makes the minimum NaN; an infinite weight makes the maximum infinite, counted or not.
         facts += [token_weight.amin(), token_weight.amax(), w.sum(dtype=torch.float64), w.amax()]
+    if top is not None and tokens:
+        facts += _top_facts(top, counted, tokens)
     values = [f.to(torch.float64).reshape(1) for f in facts]
     if knobs.device == (values[0].device if values else knobs.device):
         read = torch.cat([*values, knobs]).tolist()
     else:
         read = torch.cat(values).tolist() + knobs.tolist()
     numbers = iter(read)
+    total = tokens
 
     if counted is not None:
         tokens = int(next(numbers))
@@ -86,14 +104,62 @@ def _read_host(labels, token_weight, counted, knobs, absent, divergence, vocabul
         weight_sum, weight_max = next(numbers), next(numbers)
         if not (low >= 0 and math.isfinite(high)):
             raise ValueError(f"token_weight: expected finite values >= 0, got {low if not low >= 0 else high:g}")
+    if top is not None and total:
+        _check_top(top, [next(numbers) for _ in TOP_FACTS], vocabulary)
     named: dict[str, Any] = {name: next(numbers) for name in KNOBS}
     named.update(dict.fromkeys(absent.split()))
     host = _Host(named, tuple(numbers), tokens, weight_sum, weight_max)
-    _check_knobs(host, divergence, labels is not None)
+    _check_knobs(host, divergence, labels is not None, has_teacher, top is not None)
     return host
 
 
-def _check_knobs(host: _Host, divergence: str, has_labels: bool) -> None:
+TOP_FACTS = ("least id", "largest id", "an id that came twice, or -1", "largest log-probability", "least sum", "largest sum")
+
+
+def _top_facts(top: _TopK, counted: Tensor | None, tokens: int) -> list[Tensor]:
+    """`TOP_FACTS` over the counted rows; of blocks of rows, since N x K elements may be many."""
+    width = top.ids.shape[-1]
+    step = max(1, CHECK_ELEMENTS // width)
+    blocks = []
+    # Each padding entry is a negative id of its own: none is a duplicate.
+    own = -1 - torch.arange(width, device=top.ids.device)
+    for start in range(0, tokens, step):
+        part = slice(start, min(start + step, tokens))
+        ids, log_probs = _gather(top.ids, None, part), _gather(top.log_probs, None, part)
+        if counted is not None:
+            ids = ids.masked_fill(~counted[part, None], 0)
+            log_probs = log_probs.masked_fill(~counted[part, None], -math.inf)
+        mass = log_probs.double().exp().sum(-1)
+        if top.log_tail is not None:
+            mass += top.log_tail[part].double().exp()
+            mass = mass if counted is None else mass.masked_fill(~counted[part], 1.0)
+        listed = torch.where(log_probs == -math.inf, own, ids).sort(-1).values
+        twice = torch.where(listed[:, 1:] == listed[:, :-1], listed[:, 1:], -1)
+        found = [ids.amin(), ids.amax(), twice.amax() if width > 1 else own[0], log_probs.amax(), mass.amin(), mass.amax()]
+        blocks.append(torch.stack([f.to(torch.float64) for f in found]))
+    least, most = torch.stack(blocks).amin(0), torch.stack(blocks).amax(0)
+    return [least[0], most[1], most[2], most[3], least[4], most[5]]
+
+
+def _check_top(top: _TopK, facts: list[float], vocabulary: int) -> None:
+    low, high, twice, log_prob, least, most = facts
+    tolerance = top.tolerance
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise ValueError(f"teacher.ids: expected ids in [0, {vocabulary}), the student's vocabulary, got {bad:.0f}")
+    if twice >= 0:
+        raise ValueError(f"teacher.ids: expected distinct ids in each row (but for entries of log-probability -inf), got {twice:.0f} twice")
+    if not log_prob <= tolerance:
+        raise ValueError(f"teacher.log_probs: expected log-probabilities <= 0, got {log_prob:g}")
+    if top.log_tail is None:
+        if not most <= 1 + tolerance:
+            raise ValueError(f"teacher.log_probs: expected probabilities whose sum is at most 1 in each row, got a sum of {most:g}")
+    elif not (least >= 1 - tolerance and most <= 1 + tolerance):
+        bad = least if not least >= 1 - tolerance else most
+        raise ValueError(f"teacher.log_tail: expected the rest's mass, which makes the sum of each row 1, got a sum of {bad:g}")
+
+
+def _check_knobs(host: _Host, divergence: str, has_labels: bool, has_teacher: bool, sparse: bool) -> None:
     knobs = host.knobs
     if not (knobs["temperature"] > 0 and math.isfinite(knobs["temperature"])):
         raise ValueError(f"temperature: expected a finite number > 0, got {knobs['temperature']:g}")
@@ -101,6 +167,13 @@ def _check_knobs(host: _Host, divergence: str, has_labels: bool) -> None:
         raise ValueError(f"kd_ratio: expected a number in [0, 1], got {knobs['kd_ratio']:g}")
     if knobs["kd_ratio"] < 1 and not has_labels:
         raise ValueError(f"labels: kd_ratio = {knobs['kd_ratio']:g} < 1 adds a cross-entropy term, which needs labels, got None")
+    if knobs["kd_ratio"] > 0 and not has_teacher:
+        raise ValueError(f"teacher: kd_ratio = {knobs['kd_ratio']:g} > 0 adds a divergence term, which needs a teacher, got None")
+    if sparse and not math.isclose(knobs["temperature"], knobs["teacher_temperature"], rel_tol=1e-6):  # an fp32 tensor is as close
+        raise ValueError(
+            f"temperature: expected {knobs['teacher_temperature']:g}, the teacher.temperature at which TeacherTopK's log_probs were taken,"
+            f" got {knobs['temperature']:g}"
+        )
     for side, argument in (("student", "student_"), ("teacher", "teacher.")):
         scale, cap = knobs[f"{side}_scale"], knobs[f"{side}_softcap"]
         if not math.isfinite(scale):
@@ -110,6 +183,12 @@ def _check_knobs(host: _Host, divergence: str, has_labels: bool) -> None:
     for parameter, value in zip(DEFINITIONS[divergence].parameters, host.parameters, strict=True):
         if not parameter.contains(value):
             raise ValueError(f"divergence {divergence!r}: expected {parameter.name} in {parameter.domain}, got {value:g}")
+    if sparse and (tail := DEFINITIONS[divergence].tail) is not None and not tail[1](*host.parameters):
+        came = ", ".join(f"{p.name} = {v:g}" for p, v in zip(DEFINITIONS[divergence].parameters, host.parameters, strict=True))
+        raise ValueError(
+            f"divergence {divergence!r}: with TeacherTopK expected {tail[0]}, got {came}: otherwise a tail bucket does not stand for the"
+            " tokens in it"
+        )
     normalizer = knobs["normalizer"]
     if host.tokens and normalizer is not None and not (0 < normalizer < math.inf):
         raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer:g}")
@@ -157,9 +236,11 @@ def kd(
     student: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    teacher: Tensor,
+    teacher: Tensor | None,
     teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
+    teacher_ids: Tensor | None,
+    teacher_tail: Tensor | None,
     labels: Tensor | None,
     token_weight: Tensor | None,
     knobs: Tensor,
@@ -178,6 +259,8 @@ def kd(
     Args:
         student: ``[N, D_s]`` hidden states, or, with ``weight`` None, ``[N, V_s]`` logits. ``teacher`` likewise. Tensors that do not
             flatten without a copy, such as ``logits[:, :-1]``, keep their leading dimensions: rows are gathered chunk by chunk.
+        teacher_ids: ``[N, K]``; ``teacher`` is then their log-probabilities, ``[N, K]``, and teacher_tail the log of the rest, ``[N]``.
+            teacher is None where there is none: kd_ratio must be 0.
         knobs: float64, `KNOBS` and then the divergence's parameters, on the host or on the device. absent: those that are None.
         need_*: which gradients to compute.
 
@@ -186,19 +269,22 @@ def kd(
         are ``scale`` times these; one that is not needed is empty.
     """
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        return _kd(student, weight, bias, teacher, teacher_weight, teacher_bias, labels, token_weight, knobs, absent, divergence, impl,
-                   ignore_index, chunk_tokens, logits_dtype, need_student, need_weight, need_bias)  # fmt: skip
+        return _kd(student, weight, bias, teacher, teacher_weight, teacher_bias, teacher_ids, teacher_tail, labels, token_weight, knobs,
+                   absent, divergence, impl, ignore_index, chunk_tokens, logits_dtype, need_student, need_weight, need_bias)  # fmt: skip
 
 
 def _kd(
-    student, weight, bias, teacher, teacher_weight, teacher_bias, labels, token_weight, knobs, absent, divergence, impl,
-    ignore_index, chunk_tokens, logits_dtype, need_student, need_weight, need_bias,
+    student, weight, bias, teacher, teacher_weight, teacher_bias, teacher_ids, teacher_tail, labels, token_weight, knobs,
+    absent, divergence, impl, ignore_index, chunk_tokens, logits_dtype, need_student, need_weight, need_bias,
 ):  # fmt: skip
     total = student.shape[:-1].numel()
     vocabulary = student.shape[-1] if weight is None else weight.shape[0]
     compute = torch.promote_types(student.dtype, torch.float32)
     counted = _counted(labels, token_weight, ignore_index)
-    host = _read_host(labels, token_weight, counted, knobs, absent, divergence, vocabulary, ignore_index, total)
+    top = None if teacher is None or teacher_ids is None else _TopK(teacher_ids, teacher, teacher_tail)
+    host = _read_host(
+        labels, token_weight, counted, top, teacher is not None, knobs, absent, divergence, vocabulary, ignore_index, total
+    )  # fmt: skip
     spec = _row_spec(host, divergence)
     out = _Outputs(student, weight, bias, compute, need_student, need_weight, need_bias)
     n = host.tokens
@@ -225,8 +311,8 @@ def _kd(
     kd_values = torch.empty(n, dtype=compute, device=student.device) if spec.kd_share > 0 else None
     ce_values = torch.empty(n, dtype=compute, device=student.device) if targets is not None else None
 
-    chunks = _Chunks(student, weight, teacher if kd_values is not None else None, teacher_weight, vocabulary, n, chunk_tokens, logits_dtype)
-    row_losses = _row_function(impl)
+    dense = teacher if kd_values is not None and top is None else None
+    chunks = _Chunks(student, weight, dense, teacher_weight, vocabulary, n, chunk_tokens, logits_dtype)
     shared_bias = None if teacher_bias is None else teacher_bias[: chunks.shared]
     for start in range(0, n, chunks.size):
         part = slice(start, min(start + chunks.size, n))
@@ -234,14 +320,15 @@ def _kd(
         zs, dz = chunks.student_buffers(x, out, rows is None, part)
         if weight is not None:
             gemm.logits(x, weight, zs)
-        zt = None if kd_values is None else chunks.teacher_logits(_gather(teacher, rows, part), teacher_weight)
-        row_losses(
-            zs, zt, None if targets is None else targets[part], row_weight[part] * boost, spec,
-            dz=dz,
-            kd=None if kd_values is None else kd_values[part],
-            ce=None if ce_values is None else ce_values[part],
-            student_bias=bias, teacher_bias=shared_bias,
-        )  # fmt: skip
+        w = row_weight[part] * boost
+        y, kd_out, ce_out = (None if t is None else t[part] for t in (targets, kd_values, ce_values))
+        if top is not None and kd_values is not None:
+            ids, log_probs = _gather(top.ids, rows, part), _gather(top.log_probs, rows, part)
+            log_tail = None if top.log_tail is None else _gather(top.log_tail, rows, part)
+            topk_torch.row_losses(zs, ids, log_probs, log_tail, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias)
+        else:
+            zt = None if dense is None else chunks.teacher_logits(_gather(dense, rows, part), teacher_weight)
+            _row_function(impl)(zs, zt, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias, teacher_bias=shared_bias)
         if dz is not None:
             out.accumulate(dz, x, weight, rows, part, first=start == 0)
 
@@ -357,8 +444,8 @@ class _Chunks:
 
 @kd.register_fake
 def _(
-    student, weight, bias, teacher, teacher_weight, teacher_bias, labels, token_weight, knobs, absent, divergence, impl,
-    ignore_index, chunk_tokens, logits_dtype, need_student, need_weight, need_bias,
+    student, weight, bias, teacher, teacher_weight, teacher_bias, teacher_ids, teacher_tail, labels, token_weight, knobs,
+    absent, divergence, impl, ignore_index, chunk_tokens, logits_dtype, need_student, need_weight, need_bias,
 ):  # fmt: skip
     return _Outputs(
         student, weight, bias, torch.promote_types(student.dtype, torch.float32), need_student, need_weight, need_bias

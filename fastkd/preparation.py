@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from .arguments import KDConfig
 from .data import tokenize
 from .hf import verify_head
-from .models import check_tokenizers, load_model, load_tokenizer
+from .models import load_model
+from .packing import pack
 
 __all__ = [
     "check_apart",
@@ -23,21 +23,10 @@ __all__ = [
     "check_fits",
     "check_head",
     "load_student",
-    "load_teacher",
-    "one_teacher",
     "pad_id",
     "place",
     "tokenized",
 ]
-
-
-def one_teacher(teacher: Any) -> tuple[str, Any]:
-    if isinstance(teacher, Mapping):
-        if len(teacher) != 1:
-            raise ValueError(f"teacher_model: {len(teacher)} teachers need a training plan, which this version does not have; expected one")
-        return next(iter(teacher.items()))
-    name = teacher if isinstance(teacher, str | os.PathLike) else getattr(getattr(teacher, "config", None), "name_or_path", "")
-    return Path(name).name or type(teacher).__name__, teacher
 
 
 def load_student(model: Any, args: KDConfig, peft_config: Any) -> nn.Module:
@@ -52,19 +41,6 @@ def load_student(model: Any, args: KDConfig, peft_config: Any) -> nn.Module:
 
         model = get_peft_model(model, peft_config)
     return model
-
-
-def load_teacher(model: Any, args: KDConfig, tokenizer: PreTrainedTokenizerBase | None) -> nn.Module:
-    if isinstance(model, str | os.PathLike):
-        options = args.teacher_model_init_kwargs or {}
-        if tokenizer is not None:
-            check_tokenizers(tokenizer, load_tokenizer(model, **place(options)))
-        model = load_model(model, **options)
-    elif not isinstance(model, nn.Module):
-        raise TypeError(f"teacher_model: expected a name, a path or a module, got {type(model).__name__}")
-    elif args.teacher_model_init_kwargs:
-        raise ValueError("teacher_model_init_kwargs: the teacher is given as a module, which is loaded already")
-    return model.eval()
 
 
 def place(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -92,13 +68,12 @@ def check_best_metric(args: KDConfig, eval_dataset: Any, compute_metrics: Any) -
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}, got {args.metric_for_best_model!r}")
 
 
-def check_fits(dataset: Dataset, *, student: Any, teacher: Any) -> None:
+def check_fits(dataset: Dataset, who: str, model: Any) -> None:
     """Refuse token ids and lengths that a model's embeddings do not have: on a GPU they end in an assertion that names nothing."""
     columns = [batch["input_ids"] for batch in dataset.with_format("arrow").iter(10_000)]
     largest = max(pc.max(pc.list_flatten(c)).as_py() for c in columns)
     longest = max(pc.max(pc.list_value_length(c)).as_py() for c in columns)
-    for who, model in (("the student", student), ("the teacher", teacher)):
-        _check_embeddings(model, who, largest, longest)
+    _check_embeddings(model, who, largest, longest)
 
 
 def _check_embeddings(model: Any, who: str, largest: int, longest: int) -> None:
@@ -126,17 +101,23 @@ def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDC
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
     if {"input_ids", "labels", "sample_index"} <= set(dataset.column_names):
-        return dataset
+        return pack(dataset, args.max_length, name=name) if args.packing and "position_ids" not in dataset.column_names else dataset
     if tokenizer is None and "input_ids" not in dataset.column_names:
         raise ValueError(f"processing_class: {name}_dataset is not tokenised, which needs the student's tokenizer, got None")
-    return tokenize(
+    rows = tokenize(
         dataset,
         tokenizer,
-        max_length=args.max_length,
+        max_length=None if args.packing else args.max_length,
         completion_only_loss=args.completion_only_loss,
         chat_template=args.chat_template,
         name=name,
     )
+    if args.packing:
+        return pack(rows, args.max_length, name=name)
+    if "score" not in dataset.column_names:
+        return rows
+    scores = dataset["score"]
+    return rows.add_column("score", [float(scores[i]) for i in rows["sample_index"]])
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -4,6 +4,7 @@ Slow and large on purpose. In float64 it is what every other path is judged agai
 defaults, and no formula.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastkd_kernels.divergences import DEFINITIONS
 
-from .signals import Signal, TeacherHidden, TeacherLogits
+from .signals import Signal, TeacherHidden, TeacherLogits, TeacherTopK
 
 __all__ = ["divergence_per_token", "final_logits", "reference_linear_kd"]
 
@@ -24,7 +25,7 @@ def final_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, sof
 
 def divergence_per_token(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher: Tensor | TeacherTopK,
     divergence: str = "forward_kl",
     parameters: Mapping[str, float] | None = None,
     temperature: float = 1.0,
@@ -32,25 +33,53 @@ def divergence_per_token(
 ) -> Tensor:
     """The divergence of each token in nats, from final logits ``[..., V_s]`` and ``[..., V_t]``, over the shared vocabulary.
 
+    With a `TeacherTopK` it is that of the K + 1 buckets, and ``temperature`` must be the teacher's.
     ``statistic`` freezes the row statistic of adaptive_kl (``[..., 1]``), which is otherwise computed here and detached.
+
+    Raises:
+        ValueError: ``temperature`` is not the TeacherTopK's.
     """
     definition = DEFINITIONS[divergence]
     given = dict(parameters or {})
     values = tuple(float(given.get(p.name, p.default)) for p in definition.parameters)
     definition = definition.at(values)
     a, b = ((*values, 0.0, 0.0))[:2]
-    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    lq = torch.log_softmax(student_logits[..., :shared] / temperature, -1)
-    lp = torch.log_softmax(teacher_logits[..., :shared].detach() / temperature, -1)
+    sparse = isinstance(teacher, TeacherTopK)
+    if isinstance(teacher, TeacherTopK):
+        if not math.isclose(temperature, teacher.temperature, rel_tol=1e-6):
+            raise ValueError(f"temperature: expected {teacher.temperature:g}, that of the TeacherTopK, got {temperature:g}")
+        lp, lq = _buckets(student_logits, teacher)
+    else:
+        shared = min(student_logits.shape[-1], teacher.shape[-1])
+        lq = torch.log_softmax(student_logits[..., :shared] / temperature, -1)
+        lp = torch.log_softmax(teacher[..., :shared].detach() / temperature, -1)
     if definition.statistic is not None and statistic is None:
-        statistic = definition.statistic(lp, lq, a)
+        statistic = definition.statistic(lp, lq, a, sparse)
     return definition.reference(lp, lq, a, b, statistic).sum(-1)
+
+
+def _buckets(student_logits: Tensor, teacher: TeacherTopK) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of teacher and student in the buckets, ``[..., K + 1]``, the tail last; -inf in those that do not exist."""
+    ids, log_p = teacher.ids.long(), teacher.log_probs.detach().to(student_logits.dtype)
+    entry = log_p > -math.inf
+    log_q = torch.log_softmax(student_logits / teacher.temperature, -1)
+    in_tail = torch.zeros_like(log_q, dtype=torch.int8).scatter_add(-1, ids, entry.to(torch.int8)) == 0
+    has_tail = in_tail.any(-1, keepdim=True)
+    rest = log_q.masked_fill(~in_tail & has_tail, -math.inf).logsumexp(-1, keepdim=True)
+    exists = torch.cat([entry, has_tail], -1)
+    log_q = torch.cat([log_q.gather(-1, ids), rest], -1).masked_fill(~exists, -math.inf)
+    if teacher.log_tail is None:
+        log_tail = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=0.0).log()
+    else:
+        log_tail = teacher.log_tail.detach().to(log_p.dtype).unsqueeze(-1)
+    log_p = torch.cat([log_p, log_tail.masked_fill(~has_tail, -math.inf)], -1)
+    return torch.log_softmax(log_p, -1), log_q  # the sum is 1 but for rounding
 
 
 def reference_linear_kd(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: Signal,
+    teacher: Signal | None,
     labels: Tensor | None = None,
     *,
     divergence: str = "forward_kl",
@@ -78,12 +107,16 @@ def reference_linear_kd(
     if kd_ratio > 0:
         match teacher:
             case TeacherHidden(hidden, w, bias, softcap, scale):
-                teacher_logits = final_logits(hidden, w, bias, softcap, scale)
+                given: Tensor | TeacherTopK = final_logits(hidden, w, bias, softcap, scale)
             case TeacherLogits(logits):
-                teacher_logits = logits
+                given = logits
+            case TeacherTopK():
+                given = teacher
+            case None:
+                raise ValueError(f"teacher: kd_ratio = {kd_ratio:g} > 0 adds a divergence term, which needs a teacher, got None")
             case _:
-                raise TypeError(f"teacher: expected TeacherHidden or TeacherLogits, got {type(teacher).__name__}")
-        kd = divergence_per_token(student, teacher_logits, divergence, parameters, temperature, statistic)
+                raise TypeError(f"teacher: expected TeacherHidden, TeacherLogits, TeacherTopK or None, got {type(teacher).__name__}")
+        kd = divergence_per_token(student, given, divergence, parameters, temperature, statistic)
         per_token = per_token + kd_ratio * (temperature**2 if temperature_squared else 1.0) * kd
     if kd_ratio < 1:
         assert labels is not None

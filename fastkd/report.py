@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["METRICS", "MetricsFile", "read_metrics", "write_report"]
+__all__ = ["METRICS", "PLAN", "MetricsFile", "read_metrics", "write_report"]
 
 METRICS = "metrics.jsonl"
+PLAN = "plan.json"
 
 # (title, training column, evaluation column)
 _CURVES = (
@@ -20,6 +21,8 @@ _CURVES = (
     ("cross-entropy, nats per token", "ce", "eval_ce"),
     ("top-1 agreement with the teacher", None, "eval_agreement"),
     ("learning rate", "lr", None),
+    ("temperature", "temperature", None),
+    ("kd_ratio", "kd_ratio", None),
 )
 
 
@@ -63,9 +66,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def write_report(folder: str | Path, title: str, facts: Mapping[str, Any]) -> Path:
-    """Write ``folder/report.html``: the facts, the evaluations, and curves over the steps with the stages shaded. Returns its path."""
+    """Write ``folder/report.html``: the facts, the stages, the evaluations, and curves over the steps with the stages shaded.
+
+    The stages are those of ``folder/plan.json``, where there is one. Returns the report's path.
+    """
     folder = Path(folder)
     rows = read_metrics(folder)
+    plan = folder / PLAN
+    stages = json.loads(plan.read_text())["stages"] if plan.exists() else []
     train = [r for r in rows if "loss" in r]
     evals = [r for r in rows if "eval_kl" in r]
     columns = ["step", *[k for k in ("eval_kl", "eval_ce", "eval_perplexity", "eval_agreement", "eval_loss") if any(k in r for r in evals)]]
@@ -75,10 +83,11 @@ table{{border-collapse:collapse;margin:1rem 0}}td,th{{border-bottom:1px solid #d
 td:first-child,th:first-child{{text-align:left}}svg{{max-width:100%;height:auto}}</style>
 <h1>{html.escape(title)}</h1>
 {_table(("", ""), facts.items(), header=False)}
+{_stages(stages)}
 <h2>On held-out rows</h2>
 {_table(columns, ([r.get(c) for c in columns] for r in evals)) if evals else "<p>No evaluation rows were given.</p>"}
 <h2>Curves</h2>
-{_curves(train, evals) if train or evals else "<p>No step was logged.</p>"}
+{_curves(train, evals, stages) if train or evals else "<p>No step was logged.</p>"}
 </html>
 """
     path = folder / "report.html"
@@ -98,17 +107,32 @@ def _text(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _curves(train: list[dict], evals: list[dict]) -> str:
+def _stages(stages: list[dict]) -> str:
+    if len(stages) < 2:
+        return ""
+    hidden = ("name", "first_step", "restart_lr", "reset_optimizer")
+    columns = [key for key in stages[0] if key not in hidden and any(row.get(key) is not None for row in stages)]
+    rows = ([_ends(row.get(key)) for key in columns] for row in stages)
+    return f"<h2>Stages</h2>\n{_table(columns, rows)}"
+
+
+def _ends(value: Any) -> Any:
+    return " to ".join(_text(v) for v in value) if isinstance(value, list) else value
+
+
+def _curves(train: list[dict], evals: list[dict], stages: list[dict]) -> str:
     from matplotlib.figure import Figure  # no pyplot: no backend, no global state
 
     shown = [c for c in _CURVES if _points(train, c[1]) or _points(evals, c[2])]
+    if len(stages) < 2:  # the knobs are among the facts
+        shown = [c for c in shown if len({y for _, y in _points(train, c[1])}) != 1 or c[1] not in ("temperature", "kd_ratio")]
     figure = Figure(figsize=(10, 3 * math.ceil(len(shown) / 2)), layout="constrained")
     axes = figure.subplots(math.ceil(len(shown) / 2), 2, squeeze=False).flatten()
     for axis, (title, train_column, eval_column) in zip(axes, shown, strict=False):
         for points, style, label in ((_points(train, train_column), "-", "training"), (_points(evals, eval_column), "o-", "held out")):
             if points:
                 axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-        _shade(axis, train)
+        _shade(axis, stages)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
@@ -120,17 +144,16 @@ def _curves(train: list[dict], evals: list[dict]) -> str:
     return stream.getvalue().split("?>", 1)[-1]  # without the XML declaration, which HTML does not know
 
 
-def _shade(axis, train: list[dict]) -> None:
+def _shade(axis, stages: list[dict]) -> None:
     """Every other stage in grey, each with its teacher's name."""
-    stages: dict[Any, list[dict]] = {}
-    for row in train:
-        stages.setdefault(row.get("stage", 0), []).append(row)
     if len(stages) < 2:
         return
-    for i, rows in enumerate(stages.values()):
-        if i % 2:
-            axis.axvspan(rows[0]["step"], rows[-1]["step"], color="0.92", zorder=0)
-        axis.text(rows[0]["step"], 1, rows[0].get("teacher", ""), transform=axis.get_xaxis_transform(), fontsize=7, va="top")
+    for stage in stages:
+        start, end = stage["first_step"], stage["first_step"] + stage["steps"]
+        if stage["stage"] % 2:
+            axis.axvspan(start, end, color="0.92", zorder=0)
+        label = stage["teacher"] or "no teacher"
+        axis.text(start, 1, f" {label}", transform=axis.get_xaxis_transform(), fontsize=7, va="top", clip_on=True)
 
 
 def _points(rows: list[dict], column: str | None) -> list[tuple[int, float]]:

@@ -1,34 +1,82 @@
-"""A run from its configuration: data, models, training, evaluation before and after, and the folder that it leaves."""
+"""A run from its configuration: data, difficulty, models, training, evaluation before and after, and the folder that it leaves."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from . import checkpoints
+from . import checkpoints, difficulty
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows
-from .models import check_tokenizers, load_model, load_tokenizer
+from .models import load_model, load_tokenizer
+from .pacing import sample_table
+from .plan import Plan, Samples, Schedule, difference
 from .preparation import tokenized
-from .report import METRICS, read_metrics, write_report
-from .trainer import KDConfig, KDTrainer
+from .presets import TRAINING
+from .preview import preview
+from .report import METRICS, PLAN, read_metrics, write_report
+from .teachers import TeacherSource
+from .trainer import KDConfig, KDTrainer, filled_plan
 
-__all__ = ["distill"]
+__all__ = ["distill", "fill_stores", "score", "show_plan"]
 
-# Where the configuration is silent; TrainingArguments' own defaults elsewhere.
+# Where the configuration and the plan's preset are silent; TrainingArguments' own defaults elsewhere.
 TRAINING_DEFAULTS = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
-
-PLAN = "plan.json"
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class _Run:
+    """What all commands need of a configuration before any model is loaded."""
+
+    config: RunConfig
+    args: KDConfig
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset
+    train: Dataset
+    held_out: Dataset | None
+
+    def schedule(self, samples: Samples) -> Schedule:
+        args = self.args
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return self.plan.schedule(samples, batch_size=batch, seed=seed)
+
+    @property
+    def scores_path(self) -> Path:
+        return Path(self.config.difficulty.path or Path(self.config.output_dir) / "difficulty.parquet")
+
+
+def _begin(config: RunConfig) -> _Run:
+    with _blamed(config, "training"):
+        args = _arguments(config)
+    with _blamed(config, "plan"):
+        plan = filled_plan(config.plan, args, list(config.teachers))
+    with _blamed(config, "data.train"):
+        rows = load_rows(config.data.train, columns=config.data.columns)
+    with _blamed(config, "data.eval"):
+        eval_rows = None if config.data.eval is None else load_rows(config.data.eval, columns=config.data.columns)
+    with _blamed(config, "student"):
+        tokenizer = load_tokenizer(config.student.model, **_place(config.student))
+    with _blamed(config, "data"):
+        train = tokenized(rows, tokenizer, args, "train")
+        held_out = None if eval_rows is None else tokenized(eval_rows, tokenizer, args, "eval")
+    return _Run(config, args, plan, tokenizer, rows, train, held_out)
+
+
 def distill(config: RunConfig, *, resume: bool = False) -> Path:
     """Train ``config.student`` and save it, with its metrics and report, to ``config.output_dir``, which is returned.
+
+    Where the plan asks which samples are easier, and no file says so yet, they are scored first.
 
     Raises:
         ConfigError: the folder already holds a run and ``resume`` is False; nothing in it is touched.
@@ -38,59 +86,131 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
     _check_folder(output, config, resume)
     if config.data.eval is None and config.training.get("eval_strategy", "no") != "no":
         raise ConfigError(f"{config.path}: training.eval_strategy: there are no rows to evaluate on; name data.eval, or leave it out")
-    with _blamed(config, "training"):
-        args = _arguments(config)
-    teacher_name, teacher_spec = next(iter(config.teachers.items()))
-    student_spec = config.student
-    if student_spec.model == teacher_spec.model and student_spec.layers == teacher_spec.layers:
-        logger.warning("student and teacher are the same model (%s): there is nothing to learn", student_spec.model)
-
-    with _blamed(config, "data.train"):
-        train_rows = load_rows(config.data.train, columns=config.data.columns)
-    with _blamed(config, "data.eval"):
-        eval_rows = None if config.data.eval is None else load_rows(config.data.eval, columns=config.data.columns)
+    run = _begin(config)
+    for name, spec in config.teachers.items():
+        if config.student.model == spec.model and config.student.layers == spec.layers:
+            logger.warning("student and teacher %s are the same model (%s): there is nothing to learn", name, spec.model)
     with _blamed(config, "student"):
-        tokenizer = load_tokenizer(student_spec.model, **_place(student_spec))
-    with _blamed(config, "teacher"):
-        check_tokenizers(tokenizer, load_tokenizer(teacher_spec.model, **_place(teacher_spec)))
-    with _blamed(config, "data"):
-        train_data = tokenized(train_rows, tokenizer, args, "train")
-        eval_data = None if eval_rows is None else tokenized(eval_rows, tokenizer, args, "eval")
-    with _blamed(config, "teacher"):
-        teacher = _load(teacher_spec, None)
-    with _blamed(config, "student"):
-        student = _load(student_spec, "float32")
-    with _blamed(config, "training"):
-        trainer = KDTrainer(
-            student,
-            {teacher_name: teacher},
-            args,
-            train_data,
-            eval_data,
-            processing_class=tokenizer,
-            callbacks=[_PlanFile(config, teacher_name)],
-        )
+        student = _load(config.student, "float32")
+    if run.plan.needs_scores:
+        with run.args.main_process_first(desc="scoring the samples"):
+            run.train = difficulty.attach(run.train, _score(run, student))
+    trainer = _trainer(run, student)
     start = checkpoints.newest_complete(output) if resume else None
     if resume and start is None:
         logger.warning("no complete checkpoint in %s: starting from the beginning", output)
-    if start is None and eval_rows is not None:
+    if start is None and run.held_out is not None:
         _say("before", trainer.evaluate())
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    evaluated = any(row["step"] == trainer.state.global_step and "eval_kl" in row for row in read_metrics(output))
-    if eval_rows is not None and not evaluated:
+    evaluated = any(row["step"] == trainer.state.global_step and "eval_ce" in row for row in read_metrics(output))
+    if run.held_out is not None and not evaluated:
         _say("after", trainer.evaluate())
     trainer.save_model()
     if trainer.is_world_process_zero():
-        write_report(output, output.name, _facts(config, teacher_name, trainer))
+        write_report(output, output.name, _facts(config, trainer))
     return output
 
 
+def show_plan(config: RunConfig) -> str:
+    """The stages as a table and a drawing. Reads the data and the tokenizer; loads no model."""
+    run = _begin(config)
+    samples, note = sample_table(run.train), ""
+    if run.plan.needs_scores:
+        if run.scores_path.exists():
+            with _blamed(config, "difficulty"):
+                samples = sample_table(difficulty.attach(run.train, difficulty.read_scores(run.scores_path)))
+        else:
+            # Any scores give the same stages, but for the tokens in each.
+            samples = dataclasses.replace(samples, scores=[0.0] * len(samples))
+            note = f"The samples are not scored yet (`fastkd score {config.path}`): tokens are as if all were of one difficulty."
+    with _blamed(config, "plan"):
+        schedule = run.schedule(samples)
+    with _blamed(config, "training"):
+        return preview(schedule, run.args) + (f"\n{note}\n" if note else "")
+
+
+def score(config: RunConfig) -> Path:
+    """Score the samples' difficulty as ``config.difficulty`` says; returns the Parquet file's path."""
+    run = _begin(config)
+    with _blamed(config, "student"):
+        student = None if config.difficulty.scorer is not None or config.difficulty.column else _load(config.student, "float32")
+    _score(run, student)
+    return run.scores_path
+
+
+def _score(run: _Run, student: PreTrainedModel | None) -> Any:
+    """Columns by sample id, in the file as well; what is there already is not computed again."""
+    config, spec = run.config, run.config.difficulty
+    signal = f"column:{spec.column}" if spec.column is not None else spec.signal
+    if config.data.packing and signal not in ("loss", "length"):
+        raise ConfigError(f"{config.path}: difficulty.signal: {signal} is a property of rows, and data.packing joins them; use loss")
+    scorer: Any = student
+    if spec.scorer is not None:
+        with _blamed(config, "difficulty.scorer"):
+            scorer = _load(spec.scorer, None)
+    if scorer is not None:
+        scorer.to(run.args.device)
+
+    def stage_of(ids: list[str]) -> list[int]:
+        # The schedule of these samples with these scores; a plan without buckets has every sample in its first stage.
+        position = {sample: i for i, sample in enumerate(run.train["sample_id"])}
+        rank = {sample: float(-i) for i, sample in enumerate(ids)}
+        samples = dataclasses.replace(sample_table(run.train), scores=[rank[sample] for sample in position])
+        stages = run.schedule(samples).stage_of()
+        return [-1 if (stage := stages[position[sample]]) is None else stage for sample in ids]
+
+    run.scores_path.parent.mkdir(parents=True, exist_ok=True)
+    with _blamed(config, "difficulty"):
+        return difficulty.score(
+            run.rows,
+            run.train,
+            signal=signal,
+            also=() if config.data.packing else ("length", "steps"),
+            model=scorer,
+            tokenizer=run.tokenizer,
+            path=run.scores_path,
+            batch_size=spec.batch_size,
+            max_new_tokens=spec.max_new_tokens,
+            temperature=spec.temperature,
+            seed=config.seed,
+            higher_is_easier=spec.higher_is_easier,
+            scorer=_described(spec.scorer or config.student),
+            stage_of=stage_of,
+            progress=not run.args.disable_tqdm,
+        )
+
+
+def fill_stores(config: RunConfig) -> dict[str, int]:
+    """Fill the teachers' stores for all rows; returns how many canonical batches each had missing. To be called again after a fault."""
+    if config.store is None:
+        raise ConfigError(f"{config.path}: store: missing; write store: {{kind: hidden, path: ...}}")
+    run = _begin(config)
+    run.plan = dataclasses.replace(run.plan, fractions=(1.0,), stages=tuple(dataclasses.replace(s, buckets=None) for s in run.plan.stages))
+    with _blamed(config, "student"):
+        student = _load(config.student, "float32")
+    teachers = _trainer(run, student).teachers
+    return {f"{name}, {split}": teachers.fill(name, split) for name, split in list(teachers.stores)}
+
+
+def _trainer(run: _Run, student: PreTrainedModel) -> KDTrainer:
+    config = run.config
+    sources = {
+        name: TeacherSource(
+            spec.model, spec.dtype, spec.device, spec.park, {**_place(spec), **({} if spec.layers is None else {"layers": spec.layers})}
+        )
+        for name, spec in config.teachers.items()
+    }
+    with _blamed(config, "training"):
+        trainer = KDTrainer(student, sources or None, run.args, run.train, run.held_out, processing_class=run.tokenizer, plan=run.plan)
+    trainer.add_callback(_PlanFile(config, trainer.schedule))
+    return trainer
+
+
 def _say(when: str, found: dict[str, float]) -> None:
-    print(
-        f"{when}, on {found['eval_tokens']} held-out tokens: KL to the teacher {found['eval_kl']:.3f} nats, cross-entropy"
-        f" {found['eval_ce']:.3f} nats, same first choice {found['eval_agreement']:.1%}",
-        flush=True,
-    )
+    teacher = ""
+    if "eval_kl" in found:
+        teacher = f"KL to the teacher {found['eval_kl']:.3f} nats, same first choice {found['eval_agreement']:.1%}, "
+    print(f"{when}, on {found['eval_tokens']} held-out tokens: {teacher}cross-entropy {found['eval_ce']:.3f} nats", flush=True)
 
 
 @contextlib.contextmanager
@@ -120,27 +240,34 @@ def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
     if not any(output.glob("checkpoint-*")) and finished.exists():
         refuse("holds a student, but no checkpoint to resume from; choose another folder")
     if plan.exists():
-        before, now = _flat(json.loads(plan.read_text())["config"]), _flat(config.to_dict())
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not key.startswith(_FREE):
-                refuse(
-                    f"was begun with {key} = {before.get(key)!r}, now it is {now.get(key)!r}; to resume, use the same (to train on, begin"
-                    f" another run with student: {output})"
-                )
+        before, now = (_bound(_flat(tree)) for tree in (json.loads(plan.read_text())["config"], config.to_dict()))
+        changed = difference(before, now)
+        if changed:
+            refuse(f"holds another run: {changed}; to resume, use the same (to train on, begin another run with student: {output})")
 
 
 # What may change on resuming: it has no effect on the weights.
-_FREE = ("path", "output_dir", "training.logging_", "training.save_", "training.eval_", "training.disable_tqdm", "training.report_to")
+_FREE = (
+    "path", "output_dir", "store.path", "store.max_gb", "difficulty.path", "training.logging_", "training.save_", "training.eval_",
+    "training.disable_tqdm", "training.report_to",
+)  # fmt: skip
+
+
+def _bound(flat: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in sorted(flat.items()) if not key.startswith(_FREE)}
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {key: tree}
-    return {name: value for k, v in tree.items() for name, value in _flat(v, f"{key}.{k}" if key else k).items()}
+    return {name: value for k, v in tree.items() for name, value in _flat(v, f"{key}.{k}" if key else str(k)).items()}
 
 
 def _arguments(config: RunConfig) -> KDConfig:
-    loss, data = config.loss, config.data
+    loss, data, store = config.loss, config.data, config.store
+    recipe = {} if config.plan is None else TRAINING.get(config.plan.name, {})
     return KDConfig(
         output_dir=config.output_dir,
         seed=config.seed,
@@ -154,7 +281,9 @@ def _arguments(config: RunConfig) -> KDConfig:
         max_length=data.max_length,
         completion_only_loss=data.completion_only_loss,
         chat_template=data.chat_template,
-        **{**TRAINING_DEFAULTS, **config.training},
+        packing=data.packing,
+        store=None if store is None else {**dataclasses.asdict(store), "path": store.path or str(Path(config.output_dir) / "store")},
+        **{**TRAINING_DEFAULTS, **recipe, **config.training},
     )
 
 
@@ -167,17 +296,15 @@ def _place(spec: ModelSpec) -> dict[str, Any]:
 
 
 class _PlanFile(TrainerCallback):
-    """Writes ``plan.json`` when the number of steps is known."""
+    """Writes ``plan.json`` when training begins."""
 
-    def __init__(self, config: RunConfig, teacher: str):
-        self.config, self.teacher = config, teacher
+    def __init__(self, config: RunConfig, schedule: Schedule):
+        self.config, self.schedule = config, schedule
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        loss = self.config.loss
-        stage = {"stage": 0, "teacher": self.teacher, "steps": state.max_steps, "temperature": loss.temperature, "kd_ratio": loss.kd_ratio}
-        plan = {"stages": [stage], "config": self.config.to_dict()}
+        plan = {"stages": self.schedule.table(), "plan": self.schedule.plan.to_dict(), "config": self.config.to_dict()}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(args.output_dir) / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
 
@@ -186,14 +313,15 @@ def _described(spec: ModelSpec) -> str:
     return Path(spec.model).name + ("" if spec.layers is None else f", {len(spec.layers)} of its layers")
 
 
-def _facts(config: RunConfig, teacher: str, trainer: Any) -> dict[str, Any]:
+def _facts(config: RunConfig, trainer: KDTrainer) -> dict[str, Any]:
     loss, student = config.loss, trainer.accelerator.unwrap_model(trainer.model)
+    facts = {"student": f"{_described(config.student)} ({student.num_parameters():,} parameters)"}
+    for name, spec in config.teachers.items():
+        size = sum(p.numel() for p in trainer.teachers.outline(name).parameters())
+        facts[name if len(config.teachers) == 1 else f"teacher {name}"] = f"{_described(spec)} ({size:,} parameters)"
     return {
-        "student": f"{_described(config.student)} ({student.num_parameters():,} parameters)",
-        "teacher": f"{_described(config.teachers[teacher])} ({trainer.teacher.num_parameters():,} parameters)",
+        **facts,
         "divergence": " ".join([loss.divergence, *(f"{k}={v:g}" for k, v in loss.parameters.items())]),
-        "temperature": loss.temperature,
-        "kd_ratio": loss.kd_ratio,
-        "training rows": len(trainer.train_dataset),
-        "steps": trainer.state.max_steps,
+        "training rows": len(trainer.schedule.samples),
+        "steps": trainer.total_steps,
     }

@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import checkpoints
@@ -27,24 +26,31 @@ from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
 from .hf import Head, head_of, run_body
 from .models import load_tokenizer
+from .pacing import StageCallback, learning_rate_factor, plan_loader, sample_table
+from .packing import suited_to
+from .plan import Plan, Point, Samples, Stage, difference, knob_ends
 from .preparation import (
     check_apart,
     check_best_metric,
     check_fits,
     check_head,
     load_student,
-    load_teacher,
-    one_teacher,
     pad_id,
     place,
     tokenized,
 )
+from .presets import kd, make_plan
 from .report import MetricsFile
-from .signals import TeacherHidden
+from .signals import Signal
+from .store import StoreSpec
+from .teachers import Teachers, TeacherSource
 
-__all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError"]
+__all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError", "filled_plan"]
 
 _STATE = "kd_state.json"
+_ORDERS = {"random": "shuffled", "sequential": "sequential", "group_by_length": "by_length"}
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -63,26 +69,32 @@ class _Sums:
 
 
 class KDTrainer(Trainer):
-    """Distils a teacher into a student.
+    """Distils teachers into a student, by a plan.
 
     Each model's body runs without its head; the heads meet in `fused_linear_kd`, inside the wrapped student's forward, so that DDP
     synchronises. The loss is a mean over the counted tokens of the global batch, however it is split into devices and accumulation
-    steps. The teacher runs in eval mode, without gradients, in its own dtype.
+    steps. A teacher runs in eval mode, without gradients, in its own dtype; only those that the plan's current stage needs are in memory.
+    Which samples a step has, which teacher and which knobs, the plan alone says: the order of the samples does not depend on the number of
+    processes, and a run that is resumed goes on as if it had not been interrupted.
 
     Args:
         model: the student: a name, a path, or a `PreTrainedModel`.
-        teacher_model: the same, or a mapping of one name to one of these.
+        teacher_model: the same, or an ordered mapping of names to these or to `fastkd.teachers.TeacherSource`, weak to strong; None where
+            the plan has no teacher.
         args: a `KDConfig`.
         train_dataset, eval_dataset: rows as `fastkd.data.tokenize` takes them, tokenised or not. eval_dataset may be a mapping of several.
+            A plan with buckets of difficulty needs a column ``score`` in train_dataset, higher is easier (`fastkd.difficulty`).
         processing_class: the student's tokenizer; default: that of ``model``, when given by name.
         data_collator: default `fastkd.data.KDCollator`. One that gives ``labels`` only (not shifted) will do.
         compute_metrics: receives the student's most probable tokens and the aligned labels, both ``[rows, length]``, -100 where no token
             counts: full logits are never held.
         peft_config: wraps the student with PEFT.
-        plan: not available in this version.
+        plan: a `fastkd.plan.Plan`, a preset's name, or a mapping as `fastkd.presets.make_plan` takes it. What it leaves open, the arguments
+            say; ``max_steps`` cuts it short. Default: one stage, ``num_train_epochs`` or ``max_steps`` long.
 
     Evaluation adds, per counted token at temperature 1: ``kl`` (forward KL to the teacher), ``ce``, ``perplexity``, ``agreement`` (share of
-    tokens where both models' most probable token is the same); ``loss`` is the training objective, without a router's auxiliary loss.
+    tokens where both models' most probable token is the same); ``loss`` is the training objective of the current step, without a router's
+    auxiliary loss. The teacher of the evaluation is the plan's last one, whatever the stage, so that its figures can be compared.
     Every logging step and evaluation is also a row of ``output_dir/metrics.jsonl``; there ``tokens`` are those counted since the run began.
 
     Raises:
@@ -96,7 +108,7 @@ class KDTrainer(Trainer):
     def __init__(
         self,
         model: str | os.PathLike | PreTrainedModel,
-        teacher_model: str | os.PathLike | PreTrainedModel | Mapping[str, Any],
+        teacher_model: str | os.PathLike | PreTrainedModel | TeacherSource | Mapping[str, Any] | None = None,
         args: KDConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
@@ -112,8 +124,6 @@ class KDTrainer(Trainer):
             args = KDConfig()
         if not isinstance(args, KDConfig):
             raise TypeError(f"args: expected a KDConfig, got {type(args).__name__}")
-        if plan is not None:
-            raise ValueError("plan: training plans are not available in this version; expected None")
         if args.n_gpu > 1:
             raise ValueError(
                 f"torch.nn.DataParallel over {args.n_gpu} GPUs is not supported: start one process per GPU with `accelerate launch` or"
@@ -123,10 +133,12 @@ class KDTrainer(Trainer):
             raise ValueError("average_tokens_across_devices: must be True: the loss is a mean over the tokens of all processes")
         if processing_class is None and isinstance(model, str | os.PathLike):
             processing_class = load_tokenizer(model, **place(args.model_init_kwargs))
-        self.teacher_name, teacher_model = one_teacher(teacher_model)
+        sources = _teacher_sources(teacher_model, args)
         student = load_student(model, args, peft_config)
-        self.teacher = load_teacher(teacher_model, args, processing_class)
-        check_apart(student, self.teacher)
+        for source in sources.values():
+            if isinstance(source.model, nn.Module):
+                check_apart(student, source.model)
+        self.plan = filled_plan(plan, args, list(sources))
         check_best_metric(args, eval_dataset, compute_metrics)
         if train_dataset is not None:
             train_dataset = tokenized(train_dataset, processing_class, args, "train")
@@ -146,15 +158,43 @@ class KDTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # so that the global number of counted tokens reaches compute_loss
-        self.teacher.to(args.device)
-        for data in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset])):
-            if data is not None:
-                check_fits(data, student=student, teacher=self.teacher)
+        if self.is_deepspeed_enabled and any(stage.reset_optimizer for stage in self.plan.stages):
+            raise ValueError("plan: reset_optimizer is not supported under DeepSpeed, which keeps the optimizer's state to itself")
+        for data in self._datasets().values():
+            check_fits(data, "the student", student)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_head("model", student)
-            check_head("teacher_model", self.teacher)
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+        if train_dataset is None:  # evaluation alone
+            self.schedule = filled_plan(None, args, list(sources)[-1:]).schedule(Samples(["none"], [1]), batch_size=1, seed=0)
+        else:
+            seed = args.seed if args.data_seed is None else args.data_seed
+            self.schedule = self.plan.schedule(sample_table(train_dataset), batch_size=batch, seed=seed)
+        self.total_steps = self.schedule.total_steps
+        if 0 < args.max_steps < self.total_steps:
+            logger.warning("max_steps=%d cuts the plan's %d steps short", args.max_steps, self.total_steps)
+            self.total_steps = args.max_steps
+        self.teachers = Teachers(
+            sources, device=args.device, tokenizer=processing_class, verify=not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        )
+        for name in sources:
+            for data in self._datasets().values():
+                check_fits(data, f"the teacher {name!r}", self.teachers.outline(name))
+        self._suit_packed_rows()
+        used = [teacher for stage in self.plan.stages if (teacher := _teacher_of(stage)) is not None]
+        for name in sources:
+            if name not in used:
+                logger.warning("the plan does not use the teacher %r", name)
+        self.eval_teacher = next(reversed(used or list(sources)), None)
+        if args.store is not None:
+            self._open_stores(StoreSpec(**args.store))
         self._metrics = MetricsFile(self._folder)
         self._sums = _Sums()
+        self.add_callback(StageCallback(self.schedule, self._enter))
+        self._enter(0)
+        first = _teacher_of(self.schedule.plan.stages[0])
+        if first is not None and args.store is None:
+            self.teachers.model(first)  # what does not load is refused now, not when training begins
 
     @property
     def _folder(self) -> Path:
@@ -168,11 +208,15 @@ class KDTrainer(Trainer):
         batch = dict(inputs)
         labels, index = batch.pop("shift_labels"), batch.pop("sample_index", None)
         batch.pop("labels", None)
-        signal = self._teacher_signal(batch)
+        point = self.schedule.at(self.state.global_step)
+        signal = None
+        if point.kd_ratio > 0:
+            assert point.teacher is not None  # `Plan.filled` has seen to it
+            signal = self.teachers.signal(point.teacher, batch, labels, index, split="train")
 
         def forward(student, batch):
             hidden, aux_loss = run_body(student, **batch)
-            loss, parts = self._fused(hidden, head_of(student), signal, labels, num_items_in_batch)
+            loss, parts = self._fused(point, hidden, head_of(student), signal, labels, num_items_in_batch)
             if aux_loss is not None:
                 # Weighted by the micro-batch's share of the tokens. How evenly a router balances depends on the micro-batch, so that
                 # this term, unlike the loss itself, is not the same however a batch is split.
@@ -183,22 +227,24 @@ class KDTrainer(Trainer):
         loss, parts = self._in_student(model, forward, batch)
         total = parts.tokens if num_items_in_batch is None else num_items_in_batch
         if model.training:
-            self._account(loss.detach() * total, parts, labels, index)
+            self._account(loss.detach() * total, parts, point, index)
         if self.args.world_size > 1 and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes, the normaliser already counts them all
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _fused(self, hidden: Tensor, head: Head, signal: TeacherHidden, labels: Tensor, normalizer) -> tuple[Tensor, LossParts]:
+    def _fused(
+        self, point: Point, hidden: Tensor, head: Head, signal: Signal | None, labels: Tensor, normalizer
+    ) -> tuple[Tensor, LossParts]:
         args = self.args
         return fused_linear_kd(
             hidden,
             head.weight,
             signal,
             labels,
-            divergence=divergence(args.divergence, **(args.divergence_parameters or {})),
-            temperature=args.temperature,
+            divergence=divergence(args.divergence, **point.parameters),
+            temperature=point.temperature,
             temperature_squared=args.temperature_squared,
-            kd_ratio=args.kd_ratio,
+            kd_ratio=point.kd_ratio,
             normalizer=normalizer,
             student_bias=head.bias,
             student_softcap=head.softcap,
@@ -208,31 +254,24 @@ class KDTrainer(Trainer):
             return_parts=True,
         )
 
-    @torch.no_grad()
-    def _teacher_signal(self, batch: Mapping[str, Tensor]) -> TeacherHidden:
-        with torch.autocast(self.args.device.type, enabled=False):  # the teacher keeps its own dtype
-            hidden, _ = run_body(self.teacher, **batch)
-        head = head_of(self.teacher)
-        return TeacherHidden(hidden, head.weight, head.bias, head.softcap, head.scale)
-
     def _in_student(self, model: nn.Module, forward: Callable, batch: Mapping[str, Tensor]) -> Any:
         """Call the wrapped student with ``forward(student, batch)`` in place of its own forward."""
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with _redirected(student, lambda **inputs: forward(student, inputs)), self.accelerator.autocast():
             return model(**batch)
 
-    def _account(self, loss_sum: Tensor, parts: LossParts, labels: Tensor, index: Tensor | None) -> None:
+    def _account(self, loss_sum: Tensor, parts: LossParts, point: Point, index: Tensor | None) -> None:
         kd, ce = parts.kd_per_token.double().sum(), parts.ce_per_token.double().sum()
         loss, kd, ce, tokens = torch.stack([loss_sum.double(), kd, ce, parts.tokens.double()]).tolist()
         if not math.isfinite(loss):
-            self._stop(parts, labels, index)
+            self._stop(parts, point, index)
         self._sums.loss += loss
         self._sums.kd += kd
         self._sums.ce += ce
         self._sums.tokens += int(tokens)
 
-    def _stop(self, parts: LossParts, labels: Tensor, index: Tensor | None) -> None:
-        shares = ((self.args.kd_ratio, parts.kd_per_token), (1 - self.args.kd_ratio, parts.ce_per_token))
+    def _stop(self, parts: LossParts, point: Point, index: Tensor | None) -> None:
+        shares = ((point.kd_ratio, parts.kd_per_token), (1 - point.kd_ratio, parts.ce_per_token))
         broken = torch.stack([~values.isfinite() for share, values in shares if share > 0]).any(0).any(-1)
         if not broken.any():  # the auxiliary loss, or a sum that overflowed
             broken = torch.ones_like(broken)
@@ -266,23 +305,27 @@ class KDTrainer(Trainer):
     def _prepared(self, dataset: Any, name: str) -> Dataset:
         tokenizer: Any = self.processing_class
         dataset = tokenized(dataset, tokenizer, self.args, name)
-        check_fits(dataset, student=self.model, teacher=self.teacher)
+        check_fits(dataset, "the student", self.model)
         return dataset
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
+        self.teachers.stage([] if self.eval_teacher is None else [self.eval_teacher])
+        split = next((name for name, data in self._datasets().items() if data is getattr(dataloader, "dataset", None)), "")
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed: training must not depend on when it is evaluated
-            return self._evaluation_loop(dataloader, metric_key_prefix)
+            found = self._evaluation_loop(dataloader, split, metric_key_prefix)
+        self._enter(self.schedule.at(self.state.global_step).stage)
+        return found
 
-    def _evaluation_loop(self, dataloader, metric_key_prefix: str) -> EvalLoopOutput:
+    def _evaluation_loop(self, dataloader, split: str, metric_key_prefix: str) -> EvalLoopOutput:
         model: Any = self.model_wrapped if self.is_in_train else self.model
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         rows: list[Tensor] = []
         predictions: list[tuple[np.ndarray, np.ndarray]] = []
         for batch in dataloader:
-            sums, top1, labels = self._evaluate_batch(model, self._prepare_inputs(batch))
+            sums, top1, labels = self._evaluate_batch(model, self._prepare_inputs(batch), split)
             rows.append(self.accelerator.gather_for_metrics(sums))
             if self.compute_metrics is not None:
                 pair = self.accelerator.pad_across_processes((top1, labels), dim=1, pad_index=-100)
@@ -293,6 +336,8 @@ class KDTrainer(Trainer):
         loss, kl, ce, agree, tokens = table.sum(0).tolist()
         tokens = int(tokens)
         mean = {"loss": loss, "kl": kl, "ce": ce, "agreement": agree}
+        if self.eval_teacher is None:
+            mean = {"loss": loss, "ce": ce}
         metrics = {name: value / tokens if tokens else math.nan for name, value in mean.items()}
         metrics["perplexity"] = math.exp(min(metrics["ce"], 700.0)) if tokens else math.nan
         metrics["tokens"] = tokens
@@ -305,24 +350,24 @@ class KDTrainer(Trainer):
         return EvalLoopOutput(predictions=ids, label_ids=label_ids, metrics=metrics, num_samples=len(table))
 
     @torch.no_grad()
-    def _evaluate_batch(self, model, inputs) -> tuple[Tensor, Tensor, Tensor]:
+    def _evaluate_batch(self, model, inputs, split: str) -> tuple[Tensor, Tensor, Tensor]:
         """``[B, 5]`` sums over each row's counted tokens (loss, kl, ce, agree, tokens), and ``[B, S]`` top-1 tokens and labels."""
         batch = dict(inputs)
         labels = batch.pop("shift_labels")
         batch.pop("labels", None)
-        batch.pop("sample_index", None)
-        signal, args = self._teacher_signal(batch), self.args
+        index, point = batch.pop("sample_index", None), self.schedule.at(self.state.global_step)
+        signal = None
+        if self.eval_teacher is not None:
+            signal = self.teachers.signal(self.eval_teacher, batch, labels, index, split=split)
 
         def forward(student, batch):
             hidden, _ = run_body(student, **batch)
-            return token_metrics(
-                hidden, head_of(student), signal, labels, args.divergence, args.divergence_parameters, float(args.temperature)
-            )
+            return token_metrics(hidden, head_of(student), signal, labels, self.args.divergence, point.parameters, point.temperature)
 
         found = self._in_student(model, forward, batch)
-        factor = args.temperature**2 if args.temperature_squared else 1.0
-        loss = torch.zeros_like(found["kd"])
-        for share, term in ((args.kd_ratio * factor, found["kd"]), (1 - args.kd_ratio, found["ce"])):
+        factor = point.temperature**2 if self.args.temperature_squared else 1.0
+        loss = torch.zeros_like(found["ce"])
+        for share, term in ((point.kd_ratio * factor, found["kd"]), (1 - point.kd_ratio, found["ce"])):
             loss = loss + share * term if share > 0 else loss  # an infinite term with no share is not 0 * inf
         columns = [loss, found["kl"], found["ce"], found["agree"], labels != -100]
         return torch.stack([c.double().sum(1) for c in columns], 1), found["top1"], labels
@@ -333,9 +378,10 @@ class KDTrainer(Trainer):
         """Adds the loss's terms to a training row, and writes the row to ``metrics.jsonl``."""
         row: dict[str, Any] = {"step": self.state.global_step}
         if "loss" in logs:
-            terms = self._close_window()
+            point = self.schedule.at(self.state.global_step - 1)
+            terms = {**self._close_window(), "temperature": point.temperature, "kd_ratio": point.kd_ratio}
             logs.update({name: value for name, value in terms.items() if not math.isnan(value)})
-            row |= {"stage": 0, "teacher": self.teacher_name, **terms}
+            row |= {"stage": point.stage, "teacher": point.teacher, **terms, **point.parameters}
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero():
             row |= {("lr" if name == "learning_rate" else name): value for name, value in logs.items()}
@@ -355,18 +401,73 @@ class KDTrainer(Trainer):
             "kd": kd / count,
             "ce": ce / count,
             "tokens": self._sums.tokens_before,
-            "temperature": float(self.args.temperature),
-            "kd_ratio": float(self.args.kd_ratio),
         }
 
-    # The order of the samples.
+    # What the plan says.
 
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _ByEpoch(sampler, lambda: seed + int(self.state.epoch or 0))
-        return sampler
+    def get_train_dataloader(self):
+        """The micro-batches that the plan gives to this process."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: training needs rows, got None")
+        return plan_loader(self.schedule, self.train_dataset, self.data_collator, self.args)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """``lr_scheduler_type``, begun anew where the plan says so."""
+        if len(self.schedule.segments) == 1 or self.lr_scheduler is not None:
+            return super().create_scheduler(self.schedule.total_steps, *([] if optimizer is None else [optimizer]))
+        factor = learning_rate_factor(self.args, self.schedule)
+        chosen: Any = self.optimizer if optimizer is None else optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _enter(self, stage: int) -> None:
+        """Hold the teacher of a stage; the next one may be fetched meanwhile."""
+        here, *later = [_teacher_of(s) for s in self.schedule.plan.stages[stage:]]
+        following = (name for name in later if name not in (None, here))
+        samples = None
+        if self.train_dataset is not None and self.args.store is not None:
+            index = self.train_dataset["sample_index"][:]
+            samples = {"train": [index[position] for position in self.schedule.pool(stage)]}
+        self.teachers.stage([] if here is None else [here], ahead=next(following, None), samples=samples)
+
+    def _suit_packed_rows(self) -> None:
+        """Packed rows as all models can read them; each model is asked once, which loads it."""
+        data = self._datasets()
+        if not any("position_ids" in d.column_names for d in data.values()):
+            return
+        models = [self.accelerator.unwrap_model(self.model)]
+        for name in self.teachers.names:
+            models.append(self.teachers.model(name))
+        suited = {split: suited_to(d, *models) for split, d in data.items()}
+        self.train_dataset = suited.get("train")
+        if isinstance(self.eval_dataset, Mapping):
+            self.eval_dataset = {name: suited[f"eval-{name}"] for name in self.eval_dataset}
+        else:
+            self.eval_dataset = suited.get("eval")
+
+    def _open_stores(self, spec: StoreSpec) -> None:
+        args, student = self.args, self.accelerator.unwrap_model(self.model)
+        stages = self.schedule.plan.stages
+        temperatures = {value for stage in stages if _teacher_of(stage) for value in knob_ends(stage.temperature)}
+        for split, data in self._datasets().items():
+            teachers = {_teacher_of(stage) for stage in stages} if split == "train" else {self.eval_teacher}
+            self.teachers.use_store(
+                spec,
+                split,
+                data,
+                facts={name: getattr(args, name) for name in ("max_length", "completion_only_loss", "chat_template")},
+                names=[name for name in self.teachers.names if name in teachers],
+                temperatures=temperatures,
+                vocabulary=len(head_of(student).weight),
+                collate=self.data_collator,
+            )
+
+    def _datasets(self) -> dict[str, Dataset]:
+        """The rows that the trainer was given, by the name of their split."""
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"": self.eval_dataset}
+        named = {"train": self.train_dataset, **{"-".join(filter(None, ("eval", name))): data for name, data in held_out.items()}}
+        return {name: data for name, data in named.items() if data is not None}
 
     # Checkpoints: written under a temporary name, verified, then renamed.
 
@@ -393,11 +494,20 @@ class KDTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint: {found} has no {state.name}: it was saved with save_only_model, or by fewer processes"
                 )
-            self._sums = _Sums(**json.loads(state.read_text()))
+            kept = json.loads(state.read_text())
+            changed = difference(kept["run"], self._run_facts())
+            if changed:
+                raise ValueError(f"resume_from_checkpoint: {found} is of another run: {changed}")
+            self._sums = _Sums(**kept["sums"])
             step = json.loads((found / "trainer_state.json").read_text())["global_step"]
         if self.is_world_process_zero():
             self._metrics.start(step, resumed=found is not None)
-        return super().train(None if found is None else str(found), *args, **kwargs)
+        with _replaced(self.args, max_steps=self.total_steps, num_train_epochs=1):
+            return super().train(None if found is None else str(found), *args, **kwargs)
+
+    def _run_facts(self) -> dict[str, Any]:
+        """What a run must have in common with the one it resumes."""
+        return json.loads(json.dumps(self.schedule.facts()))
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: the Trainer's loop would take one step more
@@ -423,7 +533,8 @@ class KDTrainer(Trainer):
         with _replaced(self, _staging=staging.parent.name), _replaced(self.args, save_total_limit=None, push_to_hub=False):
             super()._save_checkpoint(model, trial)
         if not self.args.save_only_model:
-            (staging / f"{self.args.process_index}-{_STATE}").write_text(json.dumps(asdict(self._sums)))
+            state = {"sums": asdict(self._sums), "run": self._run_facts()}
+            (staging / f"{self.args.process_index}-{_STATE}").write_text(json.dumps(state))
         if self.state.best_model_checkpoint == str(staging):
             self.state.best_model_checkpoint = str(final)
         self.accelerator.wait_for_everyone()
@@ -446,18 +557,56 @@ def _with_shift_labels(collator: Callable, rows: list) -> dict[str, Tensor]:
     return batch
 
 
-class _ByEpoch(Sampler):
-    """A sampler whose order depends on the epoch's seed alone, so that a resumed run goes on in the same order."""
+def _teacher_sources(teacher: Any, args: KDConfig) -> dict[str, TeacherSource]:
+    """The teachers by name, in order of capacity."""
+    if isinstance(teacher, TeacherSource) or not isinstance(teacher, Mapping):
+        given = {} if teacher is None else {_name_of(teacher): teacher}
+    else:
+        given = dict(teacher)
+        if not given:
+            raise ValueError("teacher_model: expected at least one teacher, got an empty mapping; None where the plan has none")
+    options, sources = args.teacher_model_init_kwargs or {}, {}
+    for name, one in given.items():
+        argument = "teacher_model" if len(given) == 1 else f"teacher_model[{name!r}]"
+        if not isinstance(one, TeacherSource | str | os.PathLike | nn.Module):
+            raise TypeError(f"{argument}: expected a name, a path or a module, got {type(one).__name__}")
+        source = one if isinstance(one, TeacherSource) else TeacherSource(one)
+        if options and isinstance(source.model, nn.Module):
+            raise ValueError("teacher_model_init_kwargs: the teacher is given as a module, which is loaded already")
+        rest = dict(options)
+        dtype = source.dtype or rest.pop("dtype", None)
+        sources[str(name)] = replace(source, dtype=dtype, options={**rest, **source.options})
+    return sources
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]):
-        self.sampler, self.seed = sampler, seed
 
-    def __len__(self) -> int:
-        return len(self.sampler)
+def _name_of(teacher: Any) -> str:
+    teacher = teacher.model if isinstance(teacher, TeacherSource) else teacher
+    name = teacher if isinstance(teacher, str | os.PathLike) else getattr(getattr(teacher, "config", None), "name_or_path", "")
+    return Path(name).name or type(teacher).__name__
 
-    def __iter__(self):
-        self.sampler.generator = torch.Generator().manual_seed(self.seed())
-        return iter(self.sampler)
+
+def _teacher_of(stage: Stage) -> str | None:
+    """The teacher that a stage asks."""
+    return stage.teacher if isinstance(stage.teacher, str) and stage.kd_ratio != 0 else None
+
+
+def filled_plan(plan: Any, args: KDConfig, teachers: list[str]) -> Plan:
+    """The plan, with what it leaves open taken from the arguments."""
+    if plan is None and len(teachers) > 1:
+        raise ValueError(
+            f"teacher_model: {len(teachers)} teachers need a plan that says when each of them teaches, such as 'progressive'; expected one"
+        )
+    made = make_plan(kd() if plan is None else plan, teachers=len(teachers))
+    only = len(made.stages) == 1
+    return made.filled(
+        teachers=teachers,
+        epochs=args.num_train_epochs,
+        steps=args.max_steps if only and args.max_steps > 0 else None,
+        temperature=args.temperature,
+        kd_ratio=args.kd_ratio,
+        parameters=args.divergence_parameters,
+        order=_ORDERS[str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))],
+    )
 
 
 @contextlib.contextmanager

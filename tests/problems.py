@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import TeacherHidden, TeacherLogits, divergence, fused_linear_kd
+from fastkd import TeacherHidden, TeacherLogits, TeacherTopK, divergence, fused_linear_kd
 from fastkd.reference import reference_linear_kd
 
 
@@ -17,7 +17,7 @@ class Problem:
 
     hidden: Tensor
     weight: Tensor
-    teacher: TeacherHidden | TeacherLogits
+    teacher: TeacherHidden | TeacherLogits | TeacherTopK | None
     labels: Tensor | None = None
     bias: Tensor | None = None
     name: str = "forward_kl"
@@ -35,7 +35,7 @@ class Problem:
         def cast(x):
             return function(x) if isinstance(x, Tensor) else x
 
-        teacher = type(self.teacher)(**{k: cast(v) for k, v in vars(self.teacher).items()})
+        teacher = self.teacher and type(self.teacher)(**{k: cast(v) for k, v in vars(self.teacher).items()})
         options = {k: cast(v) for k, v in self.options.items()}
         tensors = {k: cast(getattr(self, k)) for k in ("hidden", "weight", "labels", "bias")}
         return replace(self, teacher=teacher, options=options, **tensors)

@@ -128,6 +128,31 @@ def test_reading_is_quick():
     assert out.stdout.strip() == "[]"
 
 
+def test_plan_difficulty_and_store(tmp_path):
+    text = """
+student: small
+teachers: {weak: small, strong: {model: big, device: cpu, park: true}}
+data: {train: rows.jsonl, packing: true}
+plan: {preset: clpd, fractions: [0.25, 0.75]}
+difficulty: {column: level, higher_is_easier: true}
+store: {kind: topk, path: cache, max_gb: 2, top_k: 8}
+"""
+    config = load(tmp_path, text)
+    assert [stage.teacher for stage in config.plan.stages] == [0, 1]
+    assert config.plan.fractions == (0.25, 0.75)
+    assert list(config.teachers) == ["weak", "strong"]
+    assert config.teachers["strong"].park
+    assert (config.difficulty.signal, config.difficulty.column, config.difficulty.higher_is_easier) == ("column", "level", True)
+    assert (config.store.kind, config.store.path, config.store.max_gb, config.store.top_k) == ("topk", "cache", 2.0, 8)
+    assert config.data.packing
+    assert json.loads(json.dumps(config.to_dict()))["plan"]["stages"][1]["buckets"] == [1]
+    assert load(tmp_path, MINIMAL + "difficulty: {signal: {column: level}}").difficulty.column == "level"
+    assert load(tmp_path, "student: a\ndata: {train: x}\nplan: sft").teachers == {}
+    # A preset without numbers of its own takes those of loss and training.
+    open_plan = load(tmp_path, MINIMAL + "plan: curriculum\nloss: {temperature: 2}\ntraining: {num_train_epochs: 2}")
+    assert open_plan.loss.temperature == 2.0
+
+
 # The example.
 
 
@@ -160,7 +185,7 @@ def test_the_example_shows_every_key():
     shown = set(re.findall(r"^\s*#?(\w+):", EXAMPLE, re.MULTILINE))
     known = {"student", "teacher", "data", "loss", "training", "output_dir", "seed"}
     known |= {"train", "eval", "max_length", "columns", "completion_only_loss", "chat_template"}
-    known |= {"divergence", "temperature", "kd_ratio", "temperature_squared", "chunk_tokens"}
+    known |= {"divergence", "temperature", "kd_ratio", "temperature_squared", "chunk_tokens", "packing", "plan", "difficulty", "store"}
     assert known <= shown
 
 
@@ -184,14 +209,36 @@ WRONG = [
     ("training: {learning_rat: 1}", "training.learning_rat", "did you mean 'learning_rate'"),
     ("training: {zzzzzz: 1}", "training.zzzzzz", "expected a field of transformers.TrainingArguments"),
     # planned
-    ("plan: pocl", "plan", "not available in this version"),
-    ("difficulty: {signal: loss}", "difficulty", "not available in this version"),
-    ("store: {kind: hidden}", "store", "not available in this version"),
     ("lmbda: 0.5", "lmbda", "not available in this version"),
     ("loss: {lmbda: 0.5}", "loss.lmbda", "not available in this version"),
-    ("data: {train: a, packing: true}", "data.packing", "not available in this version"),
-    ("training: {packing: true}", "training.packing", "not available in this version"),
-    ("teacher:\nteachers: {weak: a, strong: b}", "teachers", "more than one teacher (weak, strong) is not available"),
+    ("training: {packing: true}", "training.packing", "belongs in data"),
+    # the plan, difficulty, the store
+    ("teacher:\nteachers: {weak: a, strong: b}", "teachers", "weak, strong need a plan that says when each of them teaches"),
+    (
+        "teacher:\nteachers: {weak: a, strong: b}\nplan: pocl\nstudent: {from: teacher, layers: [0]}",
+        "student.from",
+        "name one of weak, strong",
+    ),
+    ("plan: {preset: sft}\nstudent: {from: teacher, layers: [0]}\nteacher:", "student.from", "there is no teacher; name a model"),
+    ("plan: pockl", "plan", "unknown preset 'pockl'; did you mean 'pocl'"),
+    ("plan: {preset: pocl, epoch: 2}", "plan.epoch", "unknown option of pocl; did you mean 'epochs'"),
+    ("plan: {stages: [{}, {temperature: -1}]}", "plan.stages[1].temperature", "expected numbers > 0"),
+    ("plan: 3", "plan", "expected a preset's name"),
+    ("plan: {preset: kd}\nteacher:", "teacher", "missing"),
+    ("plan: pocl\nloss: {temperature: 2}", "loss.temperature", "the plan says it for every stage"),
+    ("plan: pocl\nloss: {kd_ratio: 0.5}", "loss.kd_ratio", "the plan says it for every stage"),
+    ("plan: pocl\ntraining: {num_train_epochs: 2}", "training.num_train_epochs", "the plan says how long each stage is"),
+    ("difficulty: {signal: los}", "difficulty.signal", "did you mean 'loss'"),
+    ("difficulty: {signal: loss, column: level}", "difficulty.column", "given together with signal"),
+    ("difficulty: {max_new_tokens: 0}", "difficulty.max_new_tokens", "expected a whole number >= 1"),
+    ("difficulty: {temperature: -1}", "difficulty.temperature", "expected a number in [0, inf)"),
+    ("difficulty: {scorer: {dtype: float32}}", "difficulty.scorer.model", "missing"),
+    ("difficulty: loss", "difficulty", "expected a mapping"),
+    ("store: {kind: hiden}", "store.kind", "did you mean 'hidden'"),
+    ("store: {max_gb: 0}", "store.max_gb", "expected a number in (0, inf)"),
+    ("store: {size: 3}", "store.size", "unknown key"),
+    ("student: {model: a, park: true}", "student.park", "unknown key"),
+    ("teacher: {model: a, park: 1}", "teacher.park", "expected true or false"),
     # models
     ("student:", "student", "missing"),
     ("student: 3", "student", "expected a model's name or path, or a mapping with the key model, got 3"),

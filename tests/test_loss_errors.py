@@ -22,6 +22,10 @@ def hidden_teacher(**changes):
     return TeacherHidden(**{"hidden": torch.randn(N, DT), "weight": torch.randn(VT, DT), **changes})
 
 
+def top(**changes):
+    return TeacherTopK(**{"ids": torch.tensor([[3, 5]] * N), "log_probs": torch.full((N, 2), -1.0), **changes})
+
+
 def labels(position: int, value: int):
     y = torch.arange(N)
     y[position] = value
@@ -98,7 +102,35 @@ CASES = [
     ("divergence type", {"divergence": 3}, TypeError, ["divergence", "name", "int"]),
     ("impl", {"impl": "cuda"}, ValueError, ["impl", "'triton'", "'cuda'"]),
     ("ignore_index", {"ignore_index": None}, TypeError, ["ignore_index", "whole number", "NoneType"]),
-    ("top-k", {"teacher": TeacherTopK(torch.zeros(N, 2, dtype=torch.int64), torch.zeros(N, 2))}, ValueError, ["teacher", "TeacherTopK"]),
+    # sparse teachers
+    ("top-k ids a list", {"teacher": top(ids=[0])}, TypeError, ["teacher.ids", "tensor", "list"]),
+    ("top-k ids float", {"teacher": top(ids=torch.zeros(N, 2))}, TypeError, ["teacher.ids", "int64", "float32"]),
+    ("top-k log_probs ints", {"teacher": top(log_probs=torch.zeros(N, 2).long())}, TypeError, ["teacher.log_probs", "floating", "int64"]),
+    ("top-k tokens", {"teacher": top(log_probs=torch.zeros(N + 1, 2))}, ValueError, ["teacher.log_probs", "[6]", "[7]"]),
+    ("top-k shapes", {"teacher": top(ids=torch.zeros(N, 3).long())}, ValueError, ["teacher.ids", "[6, 2]", "[6, 3]"]),
+    ("top-k of none", {"teacher": top(ids=torch.zeros(N, 0).long(), log_probs=torch.zeros(N, 0))}, ValueError, ["teacher.log_probs", "0]"]),
+    ("top-k tail", {"teacher": top(log_tail=torch.zeros(N, 1))}, ValueError, ["teacher.log_tail", "[6]", "[6, 1]"]),
+    ("top-k tail ints", {"teacher": top(log_tail=torch.zeros(N).long())}, TypeError, ["teacher.log_tail", "floating", "int64"]),
+    ("top-k device", {"teacher": top(ids=torch.zeros(N, 2, device="meta").long())}, ValueError, ["teacher.ids", "cpu", "meta"]),
+    ("top-k id large", {"teacher": top(ids=torch.tensor([[3, V]] * N))}, ValueError, ["teacher.ids", "[0, 11)", "got 11"]),
+    ("top-k id negative", {"teacher": top(ids=torch.tensor([[3, -4]] * N))}, ValueError, ["teacher.ids", "[0, 11)", "got -4"]),
+    ("top-k id twice", {"teacher": top(ids=torch.tensor([[7, 7]] * N))}, ValueError, ["teacher.ids", "distinct", "got 7 twice"]),
+    ("top-k positive", {"teacher": top(log_probs=torch.tensor([[-1.0, 0.5]] * N))}, ValueError, ["teacher.log_probs", "<= 0", "got 0.5"]),
+    ("top-k nan", {"teacher": top(log_probs=torch.tensor([[-1.0, math.nan]] * N))}, ValueError, ["teacher.log_probs", "<= 0", "nan"]),
+    ("top-k sum", {"teacher": top(log_probs=torch.full((N, 2), -0.5))}, ValueError, ["teacher.log_probs", "at most 1", "1.21306"]),
+    ("top-k sum with tail", {"teacher": top(log_tail=torch.full((N,), -1.5))}, ValueError, ["teacher.log_tail", "0.958889"]),
+    ("top-k temperature", {"teacher": top(temperature=2.0)}, ValueError, ["temperature", "expected 2", "TeacherTopK", "got 1"]),
+    ("top-k temperature text", {"teacher": top(temperature="2")}, TypeError, ["teacher.temperature", "number", "str"]),
+    (
+        "top-k alpha_beta",
+        {"teacher": top(), "divergence": divergence("alpha_beta", alpha=0.5, beta=0.7)},
+        ValueError,
+        ["divergence 'alpha_beta'", "TeacherTopK", "alpha + beta = 1", "alpha = 0.5, beta = 0.7"],
+    ),
+    ("top-k by triton", {"teacher": top(), "impl": "triton"}, ValueError, ["impl", "'triton'", "TeacherTopK", "'auto'"]),
+    # no teacher
+    ("no teacher", {"teacher": None}, ValueError, ["teacher", "kd_ratio = 0.5", "None"]),
+    ("no teacher, tensor", {"teacher": None, "kd_ratio": torch.tensor(0.25)}, ValueError, ["teacher", "kd_ratio = 0.25", "None"]),
 ]
 
 

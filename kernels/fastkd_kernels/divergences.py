@@ -284,14 +284,19 @@ def _alpha_beta_g(lp, lq, a, b, w):
     return -((a * lp + b * lq).exp() - a / c * (c * lp).exp() - b / c * (c * lq).exp()) / (a * b)
 
 
-def _forward_share_by_sorting(lp, lq, mu):
-    """The forward share of adaptive_kl, by sorting: AKL (2404.02657), section 4. Shape [..., 1], detached."""
+def _forward_share_by_sorting(lp, lq, mu, tail=False):
+    """The forward share of adaptive_kl, by sorting: AKL (2404.02657), section 4. Shape [..., 1], detached.
+
+    tail: the last element stands for many tokens. It is never in the head, which is made of single tokens.
+    """
     p, q = lp.detach().exp(), lq.detach().exp()
+    total = (p - q).abs().sum(-1, keepdim=True)
+    if tail:
+        p, q = p[..., :-1], q[..., :-1]
     p, order = p.sort(dim=-1, descending=True, stable=True)
     head = p.cumsum(-1) <= mu + MASS_TOLERANCE
     head[..., 0] = True
     gap = (p - q.gather(-1, order)).abs()
-    total = gap.sum(-1, keepdim=True)
     share = (gap * head).sum(-1, keepdim=True) / total.masked_fill(total == 0, 1.0)
     return share.masked_fill(total == 0, 0.5)
 
@@ -328,8 +333,9 @@ class Definition:
     tile: ``(lp, lq, a, b, w) -> (g, h)``, see the module's docstring. `torch_tile` is the same code on torch tensors.
     reference: the textbook ``g`` on torch tensors, for the oracle.
     centered: ``sum_v h`` is 0, so that h is the gradient. The row kernel then needs one sweep less.
-    statistic: ``(lp, lq, a) -> [..., 1]``, a reduction over the row that the tile receives as ``w``, by sorting, for the oracle. The
-        kernels compute it without a sort. Only the forward share of adaptive_kl exists.
+    statistic: ``(lp, lq, a, tail=False) -> [..., 1]``, a reduction over the row that the tile receives as ``w``, by sorting, for the
+        oracle. The kernels compute it without a sort. Only the forward share of adaptive_kl exists. tail: the last element is a bucket.
+    tail: ``(condition, holds)``: tokens may be merged into a tail bucket only where ``holds(*parameters)``. None: always.
     limits: ``(parameter, value, name)``: at this value the divergence is another one by definition (`papers`: jsd at 0 and 1).
     """
 
@@ -341,6 +347,7 @@ class Definition:
     centered: bool = False
     statistic: Callable | None = None
     limits: tuple[tuple[str, float, str], ...] = ()
+    tail: tuple[str, Callable[..., bool]] | None = None
 
     @property
     def torch_tile(self) -> Callable:
@@ -402,6 +409,9 @@ DEFINITIONS: dict[str, Definition] = {
                 Parameter("alpha", 0.5, 0.0, math.inf, low_open=True),
                 Parameter("beta", 0.5, 0.0, math.inf, low_open=True),
             ),
+            # Only then is it an f-divergence, homogeneous of degree 1 in (p, q). Otherwise a merged bucket weighs more or less than its
+            # tokens do together, and merging tokens in which p and q agree in proportion changes the value.
+            tail=("alpha + beta = 1", lambda alpha, beta: math.isclose(alpha + beta, 1.0, rel_tol=1e-6)),
         ),
         Definition(
             "adaptive_kl",

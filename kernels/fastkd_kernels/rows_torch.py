@@ -1,12 +1,14 @@
 """Loss and gradient of rows of logits in plain torch: the Triton row kernel's arithmetic, on blocks of rows that stay in cache."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .divergences import MASS_TOLERANCE
 from .spec import Head, RowSpec
 
-__all__ = ["row_losses"]
+__all__ = ["row_losses", "row_losses_in_blocks"]
 
 BLOCK_BYTES = 2 << 20  # of one [rows, V] temporary, where that is a row per thread; about ten are alive at a time
 BLOCK_BYTES_GPU = 128 << 20  # where this runs on a GPU, for want of Triton: blocks large enough to fill it
@@ -36,6 +38,37 @@ def row_losses(
         dz: ``[C, V_s]``, receives the gradient with respect to ``student``; may be ``student`` itself. None: no gradient.
         kd, ce: ``[C]``, receive the terms in nats, unweighted, ``kd`` times `RowSpec.kd_factor`. None where not asked for.
     """
+
+    def divergence(part: slice, zs: Tensor, out: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert teacher is not None
+        shared = min(zs.shape[1], teacher.shape[1])
+        zt = _final_logits(teacher[part, :shared], None if teacher_bias is None else teacher_bias[:shared], spec.teacher, zs.dtype)
+        log_q = _log_softmax(zs[:, :shared], spec.temperature)
+        return log_q, _divergence(_log_softmax(zt, spec.temperature), log_q, spec, out, w)
+
+    row_losses_in_blocks(student, divergence, labels, weight, spec, dz=dz, kd=kd, ce=ce, student_bias=student_bias)
+
+
+def row_losses_in_blocks(
+    student: Tensor,
+    divergence: Callable[[slice, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+    labels: Tensor | None,
+    weight: Tensor,
+    spec: RowSpec,
+    *,
+    dz: Tensor | None,
+    kd: Tensor | None,
+    ce: Tensor | None,
+    student_bias: Tensor | None,
+) -> None:
+    """`row_losses` for any kind of teacher.
+
+    Args:
+        divergence: ``(part, zs, out, w) -> (log_q, gradient)``: of the rows ``part`` with final student logits ``zs``, write the divergence
+            to ``out``; return the student's log-probabilities over its first ids at the temperature and, unless ``w`` (the rows' weights)
+            is None, the gradient of ``w * kd_share * kd`` with respect to the first final logits. ``zs`` is not to be written to.
+        The others are those of `row_losses`.
+    """
     rows, width = student.shape
     compute = torch.promote_types(student.dtype, torch.float32)
     step = max(1, BLOCK_BYTES_GPU // (width * compute.itemsize))
@@ -52,12 +85,7 @@ def row_losses(
         w = weight[part, None]
         gradient = log_q = None
         if kd is not None:
-            assert teacher is not None
-            shared = min(width, teacher.shape[1])
-            zt = _final_logits(teacher[part, :shared], None if teacher_bias is None else teacher_bias[:shared], spec.teacher, compute)
-            log_q = _log_softmax(zs[:, :shared], spec.temperature)
-            log_p = _log_softmax(zt, spec.temperature)
-            gradient = _divergence(log_p, log_q, spec, kd[part], w if dz is not None else None)
+            log_q, gradient = divergence(part, zs, kd[part], w if dz is not None else None)
         if ce is not None:
             assert labels is not None
             whole = log_q is not None and spec.temperature == 1.0 and log_q.shape[1] == width
@@ -115,8 +143,10 @@ def _add_cross_entropy(gradient: Tensor | None, log_probs: Tensor, target: Tenso
     return softmax
 
 
-def _forward_share(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
+def _forward_share(log_p: Tensor, log_q: Tensor, mu: float, rest: Tensor | float = 0.0) -> Tensor:
     """adaptive_kl's weight of the forward KL, ``[R, 1]``: g_head / (g_head + g_tail), g = sum abs(p - q).
+
+    ``rest`` is abs(p - q) of what can only be in the tail, ``[R, 1]``.
 
     The head is found without a sort: positive floats compare as their bit patterns do, so 31 halvings find the smallest threshold
     above which the mass is at most mu. Of the tokens exactly at the threshold, as many as still fit come in, in index order.
@@ -144,7 +174,7 @@ def _forward_share(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
     at = torch.eq(p, threshold, out=mask)
     at *= at.cumsum(-1) <= ties
     gap = (p - log_q.exp()).abs_()
-    total = gap.sum(-1, keepdim=True)
+    total = gap.sum(-1, keepdim=True) + rest
     head = torch.gt(p, threshold, out=p).add_(at)
     share = head.mul_(gap).sum(-1, keepdim=True) / total
     return torch.where(total == 0, 0.5, share)

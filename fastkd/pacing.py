@@ -1,0 +1,152 @@
+"""A plan's schedule in the terms of torch and transformers: its batches, its learning rate, its stage changes."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback, TrainingArguments, get_scheduler
+
+from .data import IGNORE
+from .plan import Samples, Schedule
+
+__all__ = ["StageCallback", "learning_rate_factor", "plan_loader", "sample_table"]
+
+_DUMMY = -1  # in place of a row's position
+
+
+def sample_table(dataset: Dataset) -> Samples:
+    """The table of the samples of a tokenised data set; scores from its column ``score``, where it has one."""
+    digest, lengths, counted = hashlib.sha256(), [], []
+    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(10_000):
+        columns = [batch[name].combine_chunks() for name in ("input_ids", "labels")]
+        sizes = columns[0].value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        ids, labels = (column.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for column in columns)
+        for values in (sizes, ids, labels):
+            digest.update(values.tobytes())
+        starts = np.cumsum(sizes) - sizes
+        counts = np.concatenate([[0], np.cumsum(labels != IGNORE)])
+        lengths += sizes.tolist()
+        counted += (counts[starts + sizes] - counts[starts]).tolist()
+    ids = dataset["sample_id"] if "sample_id" in dataset.column_names else [f"row {i}" for i in dataset["sample_index"]]
+    scores = [float(score) for score in dataset["score"]] if "score" in dataset.column_names else None
+    return Samples([str(i) for i in ids], lengths, counted, scores, digest.hexdigest())
+
+
+def plan_loader(schedule: Schedule, dataset: Dataset, collator: Callable, args: TrainingArguments) -> DataLoader:
+    """This process's micro-batches of the whole run, ``args.gradient_accumulation_steps`` for each step.
+
+    Not to go through `Accelerator.prepare`, which would share the batches out a second time.
+    """
+    workers = args.dataloader_num_workers
+    batches = _Batches(
+        schedule, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.process_index, max(args.world_size, 1)
+    )
+    return DataLoader(
+        _WithDummy(dataset),  # type: ignore[arg-type]
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers if workers else False,
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        generator=torch.Generator(),  # else each pass draws a number from the random state of the training
+    )
+
+
+class _Batches(Sampler[list[int]]):
+    def __init__(self, schedule: Schedule, size: int, accumulation: int, process: int, processes: int):
+        self.schedule, self.size, self.accumulation, self.process, self.processes = schedule, size, accumulation, process, processes
+
+    def __len__(self) -> int:
+        return self.schedule.total_steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.schedule.total_steps):
+            for micro in range(self.accumulation):
+                found = self.schedule.micro_batch(step, micro, process=self.process, processes=self.processes, size=self.size)
+                # The Trainer draws all micro-batches of a step, and DDP waits for all processes.
+                yield found or [_DUMMY]
+
+
+class _WithDummy:
+    """The rows, and at position -1 one in which no token counts."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        if position != _DUMMY:
+            return self.dataset[position]
+        row = dict(self.dataset[0])
+        return {**row, "labels": [IGNORE] * len(row["labels"]), "sample_index": _DUMMY}
+
+
+def learning_rate_factor(args: TrainingArguments, schedule: Schedule) -> Callable[[int], float]:
+    """What the learning rate is multiplied by at a step: ``args.lr_scheduler_type``, begun anew in each segment of the schedule.
+
+    Raises:
+        ValueError: for a scheduler that follows a metric instead of the step.
+    """
+    shapes = {}
+    for start, steps in schedule.segments:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+        scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},  # type: ignore[arg-type]
+        )
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            raise ValueError(f"lr_scheduler_type: {args.lr_scheduler_type!s} does not follow from the step, so that no plan can restart it")
+        shapes[start] = scheduler.lr_lambdas[0]
+
+    def factor(step: int) -> float:
+        start, _ = schedule.segment(step)
+        return shapes[start](step - start)
+
+    return factor
+
+
+class StageCallback(TrainerCallback):
+    """Tells the trainer where stages and epochs begin and end.
+
+    Args:
+        schedule: of the run.
+        enter: called with a stage's number before its first step in this process.
+    """
+
+    def __init__(self, schedule: Schedule, enter: Callable[[int], None]):
+        self.schedule, self.enter = schedule, enter
+        self.stage: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stage = None
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        point = self.schedule.at(state.global_step)
+        if point.reset_optimizer:
+            optimizer.state.clear()
+        if point.stage != self.stage:
+            self.stage = point.stage
+            self.enter(point.stage)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        done = self.schedule.at(state.global_step - 1)
+        state.epoch = self.schedule.epochs(state.global_step)
+        # A row of metrics never speaks of two stages.
+        if done.ends and args.logging_strategy != "no":
+            control.should_log = True
+        # The whole run is one epoch to the Trainer, which at its end does all this itself.
+        if done.epoch_ends and state.global_step < self.schedule.total_steps:
+            control.should_log |= args.logging_strategy == "epoch"
+            control.should_evaluate |= args.eval_strategy == "epoch"
+            control.should_save |= args.save_strategy == "epoch"
+        return control

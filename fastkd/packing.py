@@ -1,0 +1,144 @@
+"""Pretraining rows: documents joined to a stream, cut into rows of one length, and kept out of each other's attention.
+
+Where the documents of a row begin is told by `position_ids` that restart at 0. Given those and no attention mask, most models of
+transformers attend within a document alone; some ignore them, and `keeps_documents_apart` finds out by running the model.
+"""
+
+import inspect
+import warnings
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from .data import IGNORE, DataError
+from .hf import _causal_lm, _eval_mode, run_body
+
+__all__ = ["keeps_documents_apart", "pack", "suited_to"]
+
+
+def pack(tokenized: Dataset, max_length: int, *, name: str = "train") -> Dataset:
+    """Rows of ``max_length`` tokens, cut from the stream of all documents; the last one may be shorter.
+
+    Every token counts but the first of a document, or of the fragment with which a row begins: nothing in its attention predicts it. Where
+    a model cannot keep documents apart (`suited_to`) the first token of a document does not count either, since the end of another
+    says nothing about it: both ways train on the same tokens.
+
+    Args:
+        tokenized: a document a row, as `fastkd.data.tokenize` gives them with ``max_length=None``. Their order stays, labels of -100 too.
+        max_length: tokens of a row, >= 2.
+        name: names the data set in messages.
+
+    Returns:
+        Columns ``input_ids``, ``labels`` (-100 where a token does not count; *not* shifted), ``position_ids`` (0 where a document or row
+        begins), lists of int32; ``sample_index``, the row's place in the stream, and ``sample_id``, as in "pack 3: row 7..row 9" with
+        the ids of the first and the last document. Rows without a counted token are left out, as `tokenize` does. Held in memory.
+
+    Raises:
+        DataError: missing columns, rows that are packed already, labels of another length than their ids, no token that counts.
+        TypeError, ValueError: an argument of another type or out of range.
+    """
+    if not isinstance(tokenized, Dataset):
+        raise TypeError(f"{name}: expected a datasets.Dataset, got {type(tokenized).__name__}")
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 2:
+        raise ValueError(f"max_length: expected a whole number >= 2, got {max_length!r}")
+    found, needed = tokenized.column_names, ["input_ids", "labels", "sample_id"]
+    if not set(needed) <= set(found) or "position_ids" in found:
+        what = "the rows are packed already" if "position_ids" in found else f"expected the columns {', '.join(needed)}"
+        raise DataError(f"{name}: {what}; found {', '.join(found)}; pack what fastkd.data.tokenize returns")
+    if len(tokenized) == 0:
+        raise DataError(f"{name}: the data set has no rows")
+
+    table = tokenized.select_columns(needed).with_format("arrow")[:]
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+    differs = np.flatnonzero(pc.list_value_length(table["labels"]).to_numpy() != lengths)
+    if len(differs):
+        raise DataError(f"{name}: {table['sample_id'][int(differs[0])]}: labels: expected as many values as input_ids")
+    ids = pc.list_flatten(table["input_ids"]).to_numpy().astype(np.int32)
+    labels = pc.list_flatten(table["labels"]).to_numpy().astype(np.int32)
+
+    place, ends = np.arange(len(ids)), np.cumsum(lengths)
+    positions = (place - np.maximum(np.repeat(ends - lengths, lengths), place // max_length * max_length)).astype(np.int32)
+    labels[positions == 0] = IGNORE
+    starts = np.arange(0, len(ids), max_length)
+    stops = np.minimum(starts + max_length, len(ids))
+    kept = np.flatnonzero(np.add.reduceat(labels != IGNORE, starts)) if len(ids) else np.array([], np.int64)
+    if not len(kept):
+        raise DataError(f"{name}: no row has a token to train on within max_length={max_length} ({len(tokenized)} documents)")
+    # The documents that hold a row's first and last token; empty ones hold none.
+    first, last = (np.searchsorted(ends, edge, side="right").tolist() for edge in (starts, stops - 1))
+    documents = table["sample_id"].to_pylist()
+    names = [
+        f"pack {i}: {documents[a]}" + (f"..{documents[b]}" if a != b else "") for i, (a, b) in enumerate(zip(first, last, strict=True))
+    ]
+
+    offsets = pa.array(np.append(starts, len(ids)), pa.int32())
+    columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    rows: dict[str, Any] = {key: pa.ListArray.from_arrays(offsets, pa.array(values)) for key, values in columns.items()}
+    packed = pa.table({**rows, "sample_index": pa.array(np.arange(len(starts))), "sample_id": pa.array(names, pa.string())})
+    return Dataset(packed if len(kept) == len(starts) else packed.take(pa.array(kept)))
+
+
+def suited_to(packed: Dataset, *models: nn.Module) -> Dataset:
+    """Rows of `pack` that all the models (student and teachers) read alike.
+
+    Where each of them keeps documents apart the rows stay as they are. Otherwise they come back without ``position_ids``, with a
+    warning that names the models: positions then run through a row, and a token sees the documents before its own in that row.
+    """
+    blind = sorted({type(model).__name__ for model in models if not keeps_documents_apart(model)})
+    if not blind or "position_ids" not in packed.column_names:
+        return packed
+    warnings.warn(
+        f"packing: {', '.join(blind)} cannot keep the documents of a row apart: tokens see the documents before them in their row",
+        stacklevel=2,
+    )
+    return packed.remove_columns("position_ids")
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: nn.Module) -> bool:
+    """Whether a causal LM treats each document of a packed row as if it were alone, given ``position_ids`` and no attention mask.
+
+    It runs the model twice on two rows of 21 tokens, in eval mode and without touching a random state. In one row a document comes second:
+    exchanging the first one must not change it. In the other it comes first: its hidden states must be the same there. Models with
+    recurrent or convolutional layers fail this, those with positions of their own making (OPT), and flash attention in batches of several
+    rows, as it is told of documents in batches of one row alone.
+
+    Raises:
+        ValueError: when the model is not a causal LM with one linear head (`fastkd.hf.run_body`).
+    """
+    lm = _causal_lm(model)
+    accepted = inspect.signature(type(lm).forward).parameters.values()
+    if not any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in accepted):
+        return False
+    config = lm.config.get_text_config()
+    special = [v for key, v in vars(config).items() if key in ("pad_token_id", "bos_token_id", "eos_token_id") and isinstance(v, int)]
+    usable = torch.tensor([i for i in range(min(config.vocab_size, 1000)) if i not in special])
+    generator = torch.Generator().manual_seed(0)
+    here, other, third = (usable[torch.randint(len(usable), (n,), generator=generator)] for n in (9, 12, 12))
+    device = lm.get_input_embeddings().weight.device
+    position_ids = torch.stack([_positions(12, 9), _positions(9, 12)]).to(device)
+
+    def hidden(before: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.stack([torch.cat([before, here]), torch.cat([here, before])]).to(device)
+        out, _ = run_body(model, input_ids=rows, position_ids=position_ids)
+        return out[0, 12:].double(), out[1, :9].double()
+
+    dtype = next(p.dtype for p in lm.parameters() if p.is_floating_point())
+    with torch.autocast(device.type, enabled=False), _eval_mode(model):
+        second, first = hidden(other)
+        exchanged, _ = hidden(third)
+    size, eps = float(first.abs().max()), torch.finfo(dtype).eps
+    # What masking hides is multiplied by an exact 0; only kernels that group the tokens of a batch (experts) may then round otherwise.
+    unseen = float((second - exchanged).abs().max()) <= max(eps, 1e-5) * size
+    # Here the sums run over other places of the row, which rounds otherwise in every layer.
+    alike = float((second - first).abs().max()) <= max(16 * eps, 1e-4) * size
+    return unseen and alike
+
+
+def _positions(*lengths: int) -> Tensor:
+    return torch.cat([torch.arange(n) for n in lengths])

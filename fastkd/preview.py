@@ -1,0 +1,90 @@
+"""A plan on a terminal: its stages as a table, its knobs as a drawing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .pacing import learning_rate_factor
+from .plan import Schedule
+
+__all__ = ["preview"]
+
+_WIDTH = 72
+_LEVELS = "▁▂▃▄▅▆▇█"
+
+
+def preview(schedule: Schedule, args: TrainingArguments) -> str:
+    """The stages, with samples, epochs, steps, counted tokens, teacher, knobs and learning rate, and the knobs over the steps."""
+    total = schedule.total_steps
+    try:
+        factor = learning_rate_factor(args, schedule)
+    except ValueError:  # one that follows a metric
+        rates = None
+    else:
+        rates = [args.learning_rate * factor(step) for step in range(total)]
+    rows = []
+    for row in schedule.table():
+        first = row.pop("first_step")
+        span = slice(first, first + row["steps"])
+        notes = [note for key, note in (("restart_lr", "restart"), ("reset_optimizer", "reset")) if row.pop(key)]
+        lr = "by a metric" if rates is None else f"{rates[span][0]:.2g} .. {max(rates[span]):.2g} .. {rates[span][-1]:.2g}"
+        rows.append({**row, "learning rate": lr, "begins with": ", ".join(notes)})
+    if not any(row["begins with"] for row in rows):
+        for row in rows:
+            del row["begins with"]
+    totals = {"name": "in all", "steps": total, "tokens": sum(row["tokens"] for row in rows)}
+    heading = (
+        f"plan {schedule.plan.name or 'of your own'}: {len(schedule.samples)} samples, batch {schedule.batch_size}, {total} steps, order"
+        f" {schedule.plan.order}, remainder {schedule.plan.remainder}"
+    )
+    return "\n".join([heading, "", *_table([*rows, totals]), "", *_drawing(schedule, rates)]) + "\n"
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    columns = list(rows[0])
+    cells = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " .. ".join(_cell(v) for v in value)
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _drawing(schedule: Schedule, rates: Sequence[float] | None) -> list[str]:
+    total = schedule.total_steps
+    width = min(_WIDTH, total)
+    steps = [i * total // width for i in range(width)]
+    points = [schedule.at(step) for step in steps]
+    curves = {"temperature": [p.temperature for p in points], "kd_ratio": [p.kd_ratio for p in points]}
+    curves |= {name: [p.parameters[name] for p in points] for name in points[0].parameters}
+    if rates is not None:
+        curves["learning rate"] = [rates[step] for step in steps]
+    label = max(map(len, [*curves, "samples"]))
+    curves = {"samples": [float(schedule.pools[p.stage]) for p in points], **curves}
+    lines = [f"{name.rjust(label)}  {_bars(values)}  {min(values):.3g} to {max(values):.3g}" for name, values in curves.items()]
+    return [*lines, f"{'stage'.rjust(label)}  {_names([str(p.stage) for p in points])}", *_teachers(label, points)]
+
+
+def _teachers(label: int, points: Sequence[Any]) -> list[str]:
+    if len({p.teacher for p in points}) < 2:
+        return []
+    return [f"{'teacher'.rjust(label)}  {_names([p.teacher or 'none' for p in points])}"]
+
+
+def _bars(values: Sequence[float]) -> str:
+    low, high = min(0.0, *values), max(values)
+    return "".join(_LEVELS[round((v - low) / (high - low) * (len(_LEVELS) - 1)) if high > low else 0] for v in values)
+
+
+def _names(names: Sequence[str]) -> str:
+    """Each name where its run of columns begins, cut to the run."""
+    out, i = "", 0
+    while i < len(names):
+        end = next((k for k in range(i, len(names)) if names[k] != names[i]), len(names))
+        out += ("|" + names[i])[: end - i].ljust(end - i)
+        i = end
+    return out

@@ -1,0 +1,320 @@
+"""The trainer follows the plan: batches, knobs, teachers, learning rate, resets; and a resumed run is the same run."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from fastkd.plan import Plan, Ramp, Stage
+from fastkd.presets import clpd, curriculum, pocl, progressive
+from fastkd.report import read_metrics
+from fastkd.trainer import KDTrainer
+
+from .test_trainer import config
+from .tiny import rows, tiny_llama, tiny_tokenizer
+
+
+def scored(n: int = 22):
+    return rows(n).add_column("score", [float((7 * i) % n) for i in range(n)])
+
+
+def trainer(folder, plan, teacher=None, data=None, eval_data=None, callbacks=None, student=None, **changes) -> KDTrainer:
+    changes = {"max_steps": -1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3, **changes}
+    return KDTrainer(
+        tiny_llama(1, attention_dropout=0.2) if student is None else student,
+        tiny_llama(2, hidden=24, layers=3) if teacher is None else teacher,
+        config(folder, **changes),
+        scored() if data is None else data,
+        eval_data,
+        processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
+        plan=plan,
+    )
+
+
+def saved_teachers(folder: Path) -> dict[str, Path]:
+    for name, seed in (("weak", 2), ("strong", 3)):
+        tiny_llama(seed, hidden=24, layers=3).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return {name: folder / name for name in ("weak", "strong")}
+
+
+PLAN = pocl(buckets=3, epochs=[2, 1, 1], temperature=[1.0, Ramp(1.0, 2.0), 2.0])
+
+
+class Watch(TrainerCallback):
+    """What each step had: learning rate, samples, and how often the optimizer had stepped."""
+
+    def __init__(self):
+        self.rates, self.steps, self.seen = [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.steps.append({int(s["step"]) for s in optimizer.state.values()})
+
+
+def test_the_trainer_does_what_the_plan_says(tmp_path, monkeypatch):
+    watch, loss = Watch(), KDTrainer.compute_loss
+    training = {"learning_rate": 1e-2, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
+    run = trainer(tmp_path, PLAN, callbacks=[watch], **training)
+    seen: dict[int, list[int]] = {}
+
+    def spy(self, model, inputs, *args, **kwargs):
+        seen.setdefault(self.state.global_step, []).extend(i for i in inputs["sample_index"].tolist() if i >= 0)
+        return loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(KDTrainer, "compute_loss", spy)
+    run.train()
+    schedule = run.schedule
+    assert schedule.pools == [7, 14, 22]
+    assert run.state.global_step == schedule.total_steps == 4 + 4 + 6
+    index = run.train_dataset["sample_index"][:]
+    assert seen == {step: [index[p] for p in schedule.batch(step)] for step in range(14)}
+    # AdamW and the cosine begin anew in each stage.
+    assert watch.steps == [{step - start + 1} for start, steps in schedule.segments for step in range(start, start + steps)]
+    for start, steps in schedule.segments:
+        expected = [1e-5 + (1e-2 - 1e-5) * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)]
+        assert watch.rates[start : start + steps] == pytest.approx(expected, rel=1e-3)
+    found = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert [row["step"] for row in found] == [3, 4, 6, 8, 9, 12, 14]  # every third, and where a stage ends
+    assert [row["stage"] for row in found] == [0, 0, 1, 1, 2, 2, 2]
+    assert [row["kd_ratio"] for row in found] == [0.7, 0.7, 0.85, 0.85, 1.0, 1.0, 1.0]
+    assert [row["temperature"] for row in found] == [1.0, 1.0, pytest.approx(4 / 3), 2.0, 2.0, 2.0, 2.0]
+    assert [row["epoch"] for row in found] == pytest.approx([1.5, 2, 2.5, 3, 3 + 1 / 6, 3 + 4 / 6, 4])
+    for row in found[:2]:
+        assert math.isclose(row["loss"], 0.7 * row["kd"] + 0.3 * row["ce"], rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("remainder", ["short", "drop"])
+def test_resumed_at_every_step_it_is_the_same_run(tmp_path, remainder):
+    plan = pocl(buckets=3, epochs=[2, 1, 1], temperature=[1.0, Ramp(1.0, 2.0), 2.0], remainder=remainder)
+    settings = {"save_strategy": "steps", "save_steps": 1, "warmup_steps": 1, "lr_scheduler_type": "cosine"}
+    whole = trainer(tmp_path / "whole", plan, **settings)
+    whole.train()
+    weights, log = whole.model.state_dict(), timeless(tmp_path / "whole")
+    total = whole.schedule.total_steps
+    assert total == (14 if remainder == "short" else 2 + 3 + 5)
+    for step in range(1, total + 1):
+        resumed = trainer(tmp_path / "whole", plan, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == total
+        different = [name for name, value in resumed.model.state_dict().items() if not torch.equal(value, weights[name])]
+        assert not different, f"resumed at step {step}: {different}"
+        assert timeless(tmp_path / "whole") == log, step
+
+
+def timeless(folder) -> list[dict]:
+    kept = ("step", "stage", "loss", "kd", "ce", "tokens", "lr", "teacher")
+    return [{k: v for k, v in row.items() if k in kept} for row in read_metrics(folder) if "loss" in row]
+
+
+def test_teachers_come_and_go(tmp_path, monkeypatch):
+    loaded, at = [], KDTrainer.compute_loss
+
+    def spy(self, *args, **kwargs):
+        out = at(self, *args, **kwargs)
+        loaded.append((self.state.global_step, dict(self.teachers.loaded)))
+        return out
+
+    monkeypatch.setattr(KDTrainer, "compute_loss", spy)
+    run = trainer(
+        tmp_path / "run", clpd(epochs=1), saved_teachers(tmp_path), eval_data=rows(5, seed=3), eval_strategy="steps", eval_steps=2
+    )
+    run.train()
+    second = run.schedule.starts[1]
+    for step, held in loaded:
+        assert held == ({"weak": "body"} if step < second else {"strong": "body"}), step
+    found = read_metrics(tmp_path / "run")
+    steps = {row["step"]: row["teacher"] for row in found if "loss" in row}
+    assert steps == {step: "weak" if step <= second else "strong" for step in steps}
+    events = [(m["event"], m["teacher"]) for m in run.teachers.memory]
+    assert events[0] == ("load", "weak")
+    assert ("free", "weak") in events
+    # The evaluation is against the last teacher, at every stage.
+    alone = config(tmp_path / "alone")
+    last = KDTrainer(run.model, str(tmp_path / "strong"), alone, None, rows(5, seed=3), processing_class=tiny_tokenizer())
+    kl = [row["eval_kl"] for row in found if "eval_kl" in row]
+    assert last.evaluate()["eval_kl"] == pytest.approx(kl[-1], rel=1e-6)
+    assert len(kl) == run.schedule.total_steps // 2
+
+
+def test_each_stage_learns_from_its_own_teacher(tmp_path):
+    """With a student that does not move, the divergence of a stage is that to its teacher."""
+    teachers = {"weak": tiny_llama(2), "strong": tiny_llama(3)}
+    settings = {"learning_rate": 0.0, "kd_ratio": 1.0, "temperature": 1.0}
+    student = tiny_llama(1)
+    trainer(tmp_path / "run", progressive(epochs=1), teachers, student=student, logging_steps=100, **settings).train()
+    found = [row["kd"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    for name, kd in zip(teachers, found, strict=True):
+        alone = KDTrainer(student, teachers[name], config(tmp_path / name), None, scored(), processing_class=tiny_tokenizer())
+        assert alone.evaluate()["eval_kl"] == pytest.approx(kd, rel=1e-5)
+
+
+def test_without_a_teacher(tmp_path):
+    run = KDTrainer(tiny_llama(1), None, config(tmp_path, kd_ratio=1.0), rows(9), rows(4), processing_class=tiny_tokenizer(), plan="sft")
+    run.train()
+    found = run.evaluate()
+    assert "eval_kl" not in found
+    assert found["eval_loss"] == pytest.approx(found["eval_ce"])
+    row = next(row for row in read_metrics(tmp_path) if "loss" in row)
+    assert (row["teacher"], row["kd"], row["kd_ratio"]) == (None, None, 0.0)
+    assert row["loss"] == pytest.approx(row["ce"])
+    with pytest.raises(ValueError, match=r"stages\[0\].teacher: number -1 of 0 teachers"):
+        KDTrainer(tiny_llama(1), None, config(tmp_path, kd_ratio=1.0), rows(9), processing_class=tiny_tokenizer())
+
+
+def test_a_ramp_that_begins_without_the_teacher(tmp_path):
+    run = trainer(tmp_path, Plan((Stage(epochs=1, kd_ratio=Ramp(0.0, 1.0)),)), logging_steps=1)
+    run.train()
+    found = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert found[0]["kd"] is None
+    assert found[-1]["ce"] is None
+    assert all(row["kd"] > 0 for row in found[1:])
+
+
+def test_epochs_of_the_plan_are_the_trainers(tmp_path):
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "epoch"}
+    run = trainer(tmp_path, curriculum(buckets=2, epochs=[2, 1]), eval_data=rows(3, seed=4), **settings)
+    run.train()
+    ends = [3, 6, 12]  # 11 samples twice, then 22
+    found = read_metrics(tmp_path)
+    assert [row["step"] for row in found if "loss" in row] == ends
+    assert [row["step"] for row in found if "eval_kl" in row] == ends
+    assert sorted(int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*")) == ends
+
+
+def test_max_steps_cuts_the_plan(tmp_path):
+    run = trainer(tmp_path, PLAN, max_steps=5)
+    run.train()
+    assert run.state.global_step == 5
+    assert run.schedule.at(4).stage == 1
+
+
+def changed_run(folder, key):
+    data, plan, settings = scored(), PLAN, {}
+    if key == "plan":
+        plan = pocl(buckets=3, epochs=[2, 1, 1], temperature=[1.0, Ramp(1.0, 2.5), 2.0])
+    elif key == "data":
+        data = data.map(lambda row: {"completion": row["completion"] + " cat" if row["id"] == "s5" else row["completion"]})
+    elif key == "scores":
+        data = data.remove_columns("score").add_column("score", [float(i) for i in range(22)])
+    elif key == "seed":
+        settings["seed"] = 5
+    else:
+        settings["per_device_train_batch_size"] = 4
+    return trainer(folder, plan, data=data, save_strategy="steps", save_steps=4, **settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("plan", r"plan.stages\[1\].temperature.to was 2.0, now it is 2.5"),
+        ("data", "data was"),
+        ("scores", "scores was"),
+        ("seed", "seed was 42, now it is 5"),
+        ("batch", "batch_size was 4, now it is 8"),
+    ],
+)
+def test_a_run_that_was_changed_is_not_resumed(tmp_path, key, message):
+    trainer(tmp_path, PLAN, save_strategy="steps", save_steps=4, max_steps=5).train()
+    with pytest.raises(ValueError, match=f"is of another run: {message}"):
+        changed_run(tmp_path, key).train(resume_from_checkpoint=True)
+
+
+def test_the_number_of_micro_batches_is_free_to_change_on_resuming(tmp_path):
+    trainer(tmp_path / "a", PLAN, save_strategy="steps", save_steps=4, max_steps=4, student=tiny_llama(1)).train()
+    other = trainer(tmp_path / "a", PLAN, per_device_train_batch_size=4, gradient_accumulation_steps=1, student=tiny_llama(1))
+    other.train(resume_from_checkpoint=True)
+    whole = trainer(tmp_path / "b", PLAN, student=tiny_llama(1))
+    whole.train()
+    for name, value in other.model.state_dict().items():
+        torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-3, atol=2e-5)
+
+
+def test_the_plan_goes_into_the_checkpoint(tmp_path):
+    run = trainer(tmp_path, "pocl", save_strategy="steps", save_steps=1, max_steps=1)
+    run.train()
+    kept = json.loads((tmp_path / "checkpoint-1" / "0-kd_state.json").read_text())["run"]
+    assert kept["plan"]["name"] == "pocl"
+    assert kept["plan"] == json.loads(json.dumps(run.schedule.plan.to_dict()))
+
+
+# The store.
+
+
+def wide_teacher():
+    """Wide enough that the composition of a batch shows in the last bits."""
+    return tiny_llama(2, hidden=576, layers=2, heads=9)
+
+
+def test_training_from_the_store_does_not_depend_on_when_it_was_filled(tmp_path):
+    def made(folder, **changes) -> KDTrainer:
+        store = {"path": str(tmp_path / folder / "store"), "batch_size": 4}
+        return trainer(tmp_path / folder, PLAN, wide_teacher(), eval_data=rows(5, seed=3), store=store, **changes)
+
+    lazily = made("lazily")
+    lazily.train()
+    before = made("before")
+    for name, split in list(before.teachers.stores):
+        assert before.teachers.fill(name, split, progress=False) > 0
+    before.train()
+    # Stopped in the middle, a shard lost and one damaged, then resumed.
+    made("again", max_steps=9, save_strategy="steps", save_steps=9).train()
+    shards = sorted((tmp_path / "again" / "store").rglob("train/*.safetensors"))
+    assert len(shards) > 2
+    shards[0].unlink()
+    data = bytearray(shards[1].read_bytes())
+    data[-5] ^= 1
+    shards[1].write_bytes(data)
+    again = made("again", save_strategy="steps", save_steps=9)
+    again.train(resume_from_checkpoint=True)
+    for other in (before, again):
+        assert all(torch.equal(value, lazily.model.state_dict()[name]) for name, value in other.model.state_dict().items())
+    assert len({run.evaluate()["eval_kl"] for run in (lazily, before, again)}) == 1
+    stores = [
+        {p.relative_to(tmp_path / f): p.read_bytes() for p in (tmp_path / f / "store").rglob("*.safetensors")} for f in ("lazily", "again")
+    ]
+    assert stores[0] == stores[1]
+
+
+def test_with_a_full_store_only_the_head_is_loaded(tmp_path):
+    teachers = saved_teachers(tmp_path)
+    store = {"path": str(tmp_path / "store"), "batch_size": 4}
+    first = trainer(tmp_path / "a", clpd(epochs=1), teachers, eval_data=rows(5, seed=3), store=store)
+    for name, split in list(first.teachers.stores):
+        first.teachers.fill(name, split, progress=False)
+    first.train()
+    held = []
+
+    class Held(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            held.append(dict(second.teachers.loaded))
+
+    second = trainer(tmp_path / "b", clpd(epochs=1), teachers, eval_data=rows(5, seed=3), store=store, callbacks=[Held()])
+    second.evaluate()
+    second.train()
+    assert all(set(h.values()) == {"head"} for h in held)
+    assert not [m for m in second.teachers.memory if m["event"] == "load"]
+    assert all(torch.equal(v, first.model.state_dict()[k]) for k, v in second.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_probabilities_hold_for_one_temperature(tmp_path, kind):
+    store = {"path": str(tmp_path / "store"), "kind": kind, "batch_size": 4, "top_k": 40, "samples": 20}
+    with pytest.raises(ValueError, match="one temperature, the plan has 1, 2"):
+        trainer(tmp_path / "a", PLAN, store=store)
+    run = trainer(tmp_path / "b", curriculum(epochs=1), eval_data=rows(4, seed=2), store=store)
+    run.train()
+    found = run.evaluate()
+    assert run.state.global_step == run.schedule.total_steps
+    live = trainer(tmp_path / "c", curriculum(epochs=1), eval_data=rows(4, seed=2))
+    live.train()
+    if kind == "topk":  # all 40 tokens of the vocabulary: nothing is left out
+        # `kl` is at temperature 1, a store's at its own.
+        assert found["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], rel=1e-3)
+    assert found["eval_ce"] == pytest.approx(live.evaluate()["eval_ce"], rel=0.05)
