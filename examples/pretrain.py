@@ -29,7 +29,6 @@ VOCABULARY, LENGTH, BATCH = 2048, 128, 8
 # Width, layers, and the length of training in units of a student's. The teacher of its own size has what the student has.
 TEACHERS = {"weak-to-strong": (48, 2, 1), "same-level": (96, 3, 1), "strong-to-weak": (192, 4, 2)}
 STUDENT = TEACHERS["same-level"]
-NO_TEACHER = (8, 1, 1)  # at kd_ratio 0 the teacher has no say: the smallest one will do
 TEACHER_SEED = 1000
 
 
@@ -129,7 +128,7 @@ class Study:
             model = self.llama(size, seed)
             trainer = KDTrainer(
                 model,
-                teacher if teacher is not None else self.llama(NO_TEACHER, TEACHER_SEED),
+                teacher,  # None at kd_ratio 0
                 arguments,
                 train_dataset=self.train,
                 eval_dataset=self.eval,
@@ -214,14 +213,13 @@ def table(report: dict[str, Any]) -> str:
     tested = {(c["regime"], c["kd_ratio"], c["text"]): c for c in comparisons}
     lines = [
         "",
-        f"perplexity per token, {n_seeds} seeds; * p < 0.05 against kd_ratio 0, ** after Bonferroni over {len(comparisons)} comparisons",
+        f"perplexity per token, {n_seeds} seed(s); * p < 0.05 against kd_ratio 0, ** after Bonferroni over {len(comparisons)} comparisons",
     ]
     lines.append(f"\n{'regime':16}{'teacher':>10}{'kd_ratio':>10}{'in domain':>22}{'out of domain':>22}")
     for regime in TEACHERS:
         teacher = next(row for row in rows if row.get("teacher_of") == regime)
-        lines.append(
-            f"{regime:16}{teacher['parameters'] / 1e6:9.2f}M{'(itself)':>10}{_ppl([teacher['test']]):>22}{_ppl([teacher['other']]):>22}"
-        )
+        cells = [_ppl([teacher[text]]) + _mark(None, 1) for text in ("test", "other")]
+        lines.append(f"{regime:16}{teacher['parameters'] / 1e6:9.2f}M{'(itself)':>10}{cells[0]:>22}{cells[1]:>22}")
         for ratio in RATIOS:
             runs = [r for r in rows if r.get("regime") == (regime if ratio else "none") and r["kd_ratio"] == ratio]
             cells = [
@@ -233,8 +231,11 @@ def table(report: dict[str, Any]) -> str:
         here = [c for c in comparisons if c["text"] == text]
         for verdict, sign in (("better", -1), ("worse", 1)):
             sure = [c for c in here if c["p"] is not None and c["p"] < 0.05 and c["difference"] * sign > 0]
-            names = ", ".join(f"{c['regime']} {c['kd_ratio']} ({c['difference']:+.3f})" for c in sure) or "none"
-            lines.append(f"{where}, {verdict} than kd_ratio 0 at p < 0.05 (nats per token): {names}")
+            names = (
+                ", ".join(f"{c['regime']} {c['kd_ratio']} ({c['difference']:+.3f}){_mark(c, len(comparisons)).rstrip()}" for c in sure)
+                or "none"
+            )
+            lines.append(f"{where}, {verdict} than kd_ratio 0 (nats per token): {names}")
         unclear = sum(c["p"] is None or not c["p"] < 0.05 for c in here)
         lines.append(f"{where}, no significant difference: {unclear} of {len(here)}")
     if n_seeds < 2:

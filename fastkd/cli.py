@@ -141,9 +141,7 @@ def _add_eval(commands: Any) -> None:
     text = "answers of a model against references: ROUGE-L, exact match, perplexity"
     found = commands.add_parser("eval", help=text, description=text)
     found.add_argument("model", metavar="MODEL", help="a name, a folder or a GGUF file")
-    found.add_argument(
-        "data", metavar="DATA", nargs="?", help="a .json, .jsonl or .parquet file, or a data set's name; none with --lm-eval alone"
-    )
+    found.add_argument("data", metavar="DATA", nargs="?", help="a file, or a data set's name; none with --lm-eval alone")
     found.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="rename a column: prompt=question")
     found.add_argument("--split", help="of a data set by name")
     found.add_argument("--rows", type=int, help="the first so many rows")
@@ -156,9 +154,7 @@ def _add_eval(commands: Any) -> None:
     found.add_argument("--batch-size", type=int, default=8)
     found.add_argument("--dtype", help="of the model; default: the checkpoint's")
     found.add_argument("--device", help="default: the GPU, if there is one")
-    found.add_argument(
-        "--metrics", nargs="+", metavar="METRIC", help="some of rouge_l, exact_match, perplexity, ce; default: all that the data allow"
-    )
+    found.add_argument("--metrics", nargs="+", metavar="METRIC", help="rouge_l, exact_match, perplexity, ce; default: what the data allow")
     found.add_argument("--out", metavar="FILE.json", help="write the result as JSON")
     found.add_argument("--answers", metavar="FILE.jsonl", help="write each answer")
     found.add_argument("--lm-eval", nargs="+", metavar="TASK", default=[], help="tasks of lm-eval as well (pip install 'fastkd[eval]')")

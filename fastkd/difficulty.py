@@ -463,7 +463,8 @@ def compare(tables: Mapping[str, pa.Table] | Sequence[str | Path]) -> list[dict[
             raise ScoreError(f"compare: {name_a} and {name_b} share {len(shared)} sample ids; expected two or more")
         left, right = map(list, zip(*shared, strict=True))
         # Length and steps do not depend on a scorer.
-        signals = [s for s in _recorded(a) if s in _recorded(b) and s in ("loss", "rouge", "rouge_loss")]
+        both = facts(a).get("signal") if facts(a).get("signal") == facts(b).get("signal") else None  # the scores' own, then
+        signals = [s for s in ("loss", "rouge", "rouge_loss") if s in _recorded(a) and s in _recorded(b) and s != both]
         for label, column, sign in [("score", "score", 1), *((s, f"rank_{s}", -1) for s in signals)]:
             x, y = sign * np.asarray(a[column], float)[left], sign * np.asarray(b[column], float)[right]
             result.append(_agreement(f"{name_a}: {label}", f"{name_b}: {label}", x, y))

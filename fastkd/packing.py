@@ -89,8 +89,10 @@ def suited_to(packed: Dataset, *models: nn.Module) -> Dataset:
     Where each of them keeps documents apart the rows stay as they are. Otherwise they come back without ``position_ids``, with a
     warning that names the models: positions then run through a row, and a token sees the documents before its own in that row.
     """
+    if "position_ids" not in packed.column_names:
+        return packed
     blind = sorted({type(model).__name__ for model in models if not keeps_documents_apart(model)})
-    if not blind or "position_ids" not in packed.column_names:
+    if not blind:
         return packed
     warnings.warn(
         f"packing: {', '.join(blind)} cannot keep the documents of a row apart: tokens see the documents before them in their row",

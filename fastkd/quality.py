@@ -430,3 +430,65 @@ def lm_eval_suite(model_path: str | Path, tasks: Sequence[str], *, model_args: M
     arguments = {"pretrained": str(model_path), **(model_args or {})}
     out = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=list(tasks), **options)
     return {name: out[name] for name in ("results", "versions", "n-samples") if name in out}
+
+
+def evaluate_file(
+    model: str,
+    data: str | None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    rows: int | None = None,
+    max_length: int = 1024,
+    chat_template: bool = False,
+    seeds: int = 1,
+    dtype: str | None = None,
+    device: str | None = None,
+    metrics: Sequence[str] | None = None,
+    answers: str | None = None,
+    tasks: Sequence[str] = (),
+    out: str | None = None,
+    **generation: Any,
+) -> str:
+    """`evaluate` and `lm_eval_suite` for a model and data by name: the engine of ``fastkd eval``. Returns a table.
+
+    Args:
+        model: a name, a folder or a GGUF file. data: as `fastkd.data.load_rows` takes it; None with ``tasks`` alone.
+        columns, split: of `load_rows`. rows: the first so many. max_length, chat_template: of `fastkd.data.tokenize`.
+        seeds: runs of sampled generation, with the seeds 0, 1, ...
+        dtype, device: of the model; None: the checkpoint's, and the GPU if there is one.
+        metrics, generation: as `evaluate` has them. answers: its ``answers_path``. tasks: of lm-eval.
+        out: a JSON file for the result. It is written anew.
+
+    Raises:
+        ValueError: neither data nor tasks, a number out of range; and those of `evaluate`, `load_rows`, `tokenize`.
+    """
+    if data is None and not tasks:
+        raise ValueError("DATA: missing; give a file or a data set's name, or tasks of lm-eval")
+    for name, value in (("rows", rows), ("seeds", seeds), ("max_length", max_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected a number >= 1, got {value}")
+    result: dict[str, Any] = {}
+    text = ""
+    if data is not None:
+        from .data import load_rows, tokenize
+        from .models import load_model, load_tokenizer
+
+        found = load_rows(data, columns=columns, split=split)
+        found = found if rows is None else found.select(range(min(rows, len(found))))
+        tokenizer = load_tokenizer(model)
+        tokenized = tokenize(found, tokenizer, max_length=max_length, chat_template=chat_template or None, name=str(data))
+        place = device or (str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu")
+        loaded: Any = load_model(model, dtype=dtype)
+        loaded.to(place)
+        generation |= {} if metrics is None else {"metrics": tuple(metrics)}
+        result = evaluate(loaded, tokenizer, found, tokenized, seeds=range(seeds), answers_path=answers, **generation)
+        result["data"] = {"source": data, "rows": len(tokenized)}
+        text = format_quality(result)
+    if tasks:
+        result["lm_eval"] = lm_eval_suite(model, tasks, model_args={} if dtype is None else {"dtype": dtype}, device=device)
+        text += json.dumps(result["lm_eval"]["results"], indent=1) + "\n"
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(result, indent=1, default=str) + "\n")
+    return text if text.endswith("\n") else text + "\n"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,8 +220,11 @@ def _blamed(config: RunConfig, key: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise all kinds for files and options that do not suit
-        name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{config.path}: {key}: {name}{error}") from error
+        text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        teacher = re.match(r"teacher '([^']+)': ", text)
+        if teacher:
+            key, text = "teacher" if list(config.teachers) == ["teacher"] else f"teachers.{teacher[1]}", text[teacher.end() :]
+        raise ConfigError(f"{config.path}: {key}: {text}") from error
 
 
 def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:

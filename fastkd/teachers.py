@@ -128,12 +128,10 @@ class Teachers:
         self._samples: dict[str, Collection[int]] = {}
         self._warming: tuple[str, threading.Event] | None = None  # the last teacher that was fetched ahead
         for name, source in sources.items():
-            try:
+            with _named(name):
                 source = source if isinstance(source, TeacherSource) else TeacherSource(source)
                 if tokenizer is not None and not isinstance(source.model, nn.Module):
                     check_tokenizers(tokenizer, load_tokenizer(source.model, **place(source.options)))
-            except (TypeError, ValueError, FileNotFoundError) as error:
-                raise type(error)(f"teacher {name!r}: {error}") from error
             self._teachers[name] = _Teacher(source)
 
     @property
@@ -157,7 +155,7 @@ class Teachers:
         if isinstance(teacher.source.model, nn.Module):
             return teacher.source.model
         if teacher.outline is None:
-            with _random_state_kept():
+            with _named(name), _random_state_kept():
                 teacher.outline = outline(teacher.source.model, dtype=teacher.source.dtype, **_without(teacher.source.options, "layers"))
         return teacher.outline
 
@@ -190,7 +188,7 @@ class Teachers:
         body = teacher.body
         if body is None or teacher.parked:
             device = torch.device(teacher.source.device or self.device)
-            with self._measured("unpark" if teacher.parked else "load", name, device), _random_state_kept():
+            with _named(name), self._measured("unpark" if teacher.parked else "load", name, device), _random_state_kept():
                 if isinstance(teacher.source.model, nn.Module):
                     body = teacher.source.model
                 elif body is None:
@@ -508,6 +506,17 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in names}
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """An error inside says which teacher it is about."""
+    try:
+        yield
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise type(error)(f"teacher {name!r}: {error}") from error
+    except Exception as error:  # libraries raise all kinds for files that do not suit
+        raise ValueError(f"teacher {name!r}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -139,6 +140,11 @@ class KDTrainer(Trainer):
             if isinstance(source.model, nn.Module):
                 check_apart(student, source.model)
         self.plan = filled_plan(plan, args, list(sources))
+        sharded = bool(args.deepspeed or args.fsdp) or any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
+        self.teachers = Teachers(sources, device=args.device, tokenizer=processing_class, verify=not sharded)
+        first = _teacher_of(self.plan.stages[0])
+        if first is not None and args.store is None:
+            self.teachers.model(first)  # what does not load is refused now, not when training begins
         check_best_metric(args, eval_dataset, compute_metrics)
         if train_dataset is not None:
             train_dataset = tokenized(train_dataset, processing_class, args, "train")
@@ -162,7 +168,7 @@ class KDTrainer(Trainer):
             raise ValueError("plan: reset_optimizer is not supported under DeepSpeed, which keeps the optimizer's state to itself")
         for data in self._datasets().values():
             check_fits(data, "the student", student)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if not sharded:
             check_head("model", student)
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
         if train_dataset is None:  # evaluation alone
@@ -174,9 +180,6 @@ class KDTrainer(Trainer):
         if 0 < args.max_steps < self.total_steps:
             logger.warning("max_steps=%d cuts the plan's %d steps short", args.max_steps, self.total_steps)
             self.total_steps = args.max_steps
-        self.teachers = Teachers(
-            sources, device=args.device, tokenizer=processing_class, verify=not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        )
         for name in sources:
             for data in self._datasets().values():
                 check_fits(data, f"the teacher {name!r}", self.teachers.outline(name))
@@ -192,9 +195,6 @@ class KDTrainer(Trainer):
         self._sums = _Sums()
         self.add_callback(StageCallback(self.schedule, self._enter))
         self._enter(0)
-        first = _teacher_of(self.schedule.plan.stages[0])
-        if first is not None and args.store is None:
-            self.teachers.model(first)  # what does not load is refused now, not when training begins
 
     @property
     def _folder(self) -> Path:

@@ -347,3 +347,29 @@ def test_the_example_says_what_it_misses(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert "none.txt: no such file; name the texts with --train, --test and --other" in done.stderr
+
+
+def test_the_example_tells_significant_from_not(monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import pretrain
+
+    # Against kd_ratio 0: same-level 0.4 better by 0.1 in each seed, but for a little; all else differs by noise that changes sign.
+    noise, rows = (0.05, -0.04, -0.01), []
+    for seed, wave in enumerate(noise):
+        rows.append({"regime": "none", "kd_ratio": 0.0, "seed": seed, "test": 5.0 + seed, "other": 7.0 + seed})
+        for regime in pretrain.TEACHERS:
+            for ratio in pretrain.RATIOS[1:]:
+                change = -0.1 + wave / 100 if (regime, ratio) == ("same-level", 0.4) else wave
+                rows.append({"regime": regime, "kd_ratio": ratio, "seed": seed, "test": 5 + seed + change, "other": 7 + seed + wave})
+    found = pretrain.compare(rows)
+    assert len(found) == 30
+    sure = [c for c in found if c["p"] < 0.05]
+    assert [(c["regime"], c["kd_ratio"], c["text"]) for c in sure] == [("same-level", 0.4, "test")]
+    assert sure[0]["difference"] == pytest.approx(-0.1)
+    rows += [{"teacher_of": regime, "parameters": 10**6, "test": 5.0, "other": 7.0} for regime in pretrain.TEACHERS]
+    text = pretrain.table({"rows": rows, "comparisons": found})
+    assert "in domain, better than kd_ratio 0 (nats per token): same-level 0.4 (-0.100) **" in text
+    assert "in domain, worse than kd_ratio 0 (nats per token): none" in text
+    assert "in domain, no significant difference: 14 of 15" in text
+    assert "out of domain, no significant difference: 15 of 15" in text
