@@ -126,7 +126,7 @@ def _score(arguments: argparse.Namespace) -> None:
     path = score(config)
     print(f"scores: {path}")
     if arguments.compare is not None:
-        print(format_comparison(compare([path, *arguments.compare])), end="")
+        print(format_comparison(compare([path, *arguments.compare])))
 
 
 def _cache(arguments: argparse.Namespace) -> None:

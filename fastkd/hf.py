@@ -220,7 +220,8 @@ def _forward(lm: Any, head_forward: Callable[[Tensor], Tensor], inputs: dict[str
     """The model's own forward, with `head_forward(hidden)` in place of the head's."""
     inputs = {"return_dict": True, **inputs}
     inputs.pop("labels", None)
-    if "use_cache" in inspect.signature(type(lm).forward).parameters:
+    # Some pass it on to their body without naming it; a cache would make them forget that rows may be packed.
+    if any("use_cache" in inspect.signature(type(part).forward).parameters for part in (lm, lm.base_model)):
         inputs.setdefault("use_cache", False)
     head = lm.get_output_embeddings()
     before = vars(head).get("forward")

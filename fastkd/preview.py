@@ -66,25 +66,18 @@ def _drawing(schedule: Schedule, rates: Sequence[float] | None) -> list[str]:
     label = max(map(len, [*curves, "samples"]))
     curves = {"samples": [float(schedule.pools[p.stage]) for p in points], **curves}
     lines = [f"{name.rjust(label)}  {_bars(values)}  {min(values):.3g} to {max(values):.3g}" for name, values in curves.items()]
-    return [*lines, f"{'stage'.rjust(label)}  {_names([str(p.stage) for p in points])}", *_teachers(label, points)]
+    stages = "".join(str(p.stage)[-1] for p in points)
+    return [*lines, f"{'stage'.rjust(label)}  {stages}", *_teachers(label, schedule)]
 
 
-def _teachers(label: int, points: Sequence[Any]) -> list[str]:
-    if len({p.teacher for p in points}) < 2:
+def _teachers(label: int, schedule: Schedule) -> list[str]:
+    names = [schedule.at(start).teacher or "none" for start in schedule.starts]
+    if len(set(names)) < 2:
         return []
-    return [f"{'teacher'.rjust(label)}  {_names([p.teacher or 'none' for p in points])}"]
+    terms = ", ".join(f"{name} from step {start}" for name, start in zip(names, schedule.starts, strict=True))
+    return [f"{'teacher'.rjust(label)}  {terms}"]
 
 
 def _bars(values: Sequence[float]) -> str:
     low, high = min(0.0, *values), max(values)
     return "".join(_LEVELS[round((v - low) / (high - low) * (len(_LEVELS) - 1)) if high > low else 0] for v in values)
-
-
-def _names(names: Sequence[str]) -> str:
-    """Each name where its run of columns begins, cut to the run."""
-    out, i = "", 0
-    while i < len(names):
-        end = next((k for k in range(i, len(names)) if names[k] != names[i]), len(names))
-        out += ("|" + names[i])[: end - i].ljust(end - i)
-        i = end
-    return out

@@ -21,7 +21,6 @@ from .functional import fused_linear_kd
 from .generation import Answer, generate
 from .hf import _eval_mode, head_of, run_body
 from .preparation import check_fits, pad_id
-from .signals import TeacherHidden
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -290,12 +289,13 @@ def sample_losses(
 def _losses(model: nn.Module, positions: list[int], batch: dict[str, torch.Tensor]) -> list[SampleLoss]:
     labels = batch["shift_labels"]
     with _eval_mode(model), torch.autocast(labels.device.type, enabled=False):
-        hidden, _ = run_body(model, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        hidden, _ = run_body(model, **inputs)
         head = head_of(model)
         _, parts = fused_linear_kd(
             hidden,
             head.weight,
-            TeacherHidden(hidden, head.weight),  # not read: at kd_ratio 0 the divergence is not computed
+            None,
             labels,
             kd_ratio=0.0,
             student_bias=head.bias,

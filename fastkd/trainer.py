@@ -433,18 +433,18 @@ class KDTrainer(Trainer):
 
     def _suit_packed_rows(self) -> None:
         """Packed rows as all models can read them; each model is asked once, which loads it."""
-        data = self._datasets()
-        if not any("position_ids" in d.column_names for d in data.values()):
+        packed = {split: data for split, data in self._datasets().items() if "position_ids" in data.column_names}
+        if not packed:
             return
-        models = [self.accelerator.unwrap_model(self.model)]
-        for name in self.teachers.names:
-            models.append(self.teachers.model(name))
-        suited = {split: suited_to(d, *models) for split, d in data.items()}
-        self.train_dataset = suited.get("train")
+        models = (self.accelerator.unwrap_model(self.model), *map(self.teachers.model, self.teachers.names))
+        if "position_ids" in suited_to(next(iter(packed.values())), *models).column_names:
+            return
+        packed = {split: data.remove_columns("position_ids") for split, data in packed.items()}
+        self.train_dataset = packed.get("train", self.train_dataset)
         if isinstance(self.eval_dataset, Mapping):
-            self.eval_dataset = {name: suited[f"eval-{name}"] for name in self.eval_dataset}
+            self.eval_dataset = {name: packed.get(f"eval-{name}", data) for name, data in self.eval_dataset.items()}
         else:
-            self.eval_dataset = suited.get("eval")
+            self.eval_dataset = packed.get("eval", self.eval_dataset)
 
     def _open_stores(self, spec: StoreSpec) -> None:
         args, student = self.args, self.accelerator.unwrap_model(self.model)

@@ -135,10 +135,10 @@ def test_a_curriculum_from_configuration_to_student(place, capsys):
     assert "plan clpd: 16 samples, batch 4, 8 steps" in shown
     assert re.search(r"0 +clpd 1/2 +4 +2 +2 +\d+ +weak +2 +0.8 .*restart", shown)
     assert re.search(r"1 +clpd 2/2 +12 +2 +6 +\d+ +strong", shown)
-    assert "|weak" in shown
+    assert "teacher  weak from step 0, strong from step 2" in shown
     assert "not scored yet" in shown
     assert main(["score", "run.yaml", "--compare", *options]) == 0
-    assert re.search(r"rouge +loss", capsys.readouterr().out)
+    assert "rouge / loss" in capsys.readouterr().out
     scores = pq.read_table("out/difficulty.parquet")
     assert set(scores.column_names) >= {"id", "rouge", "loss", "rouge_loss", "rank_loss", "length", "steps", "score", "stage"}
     stage = dict(zip(scores["id"].to_pylist(), scores["stage"].to_pylist(), strict=True))
@@ -176,7 +176,6 @@ def test_the_recipe_of_a_preset_holds_where_the_file_is_silent(place, capsys):
     assert main(["plan", "run.yaml", *options]) == 0
     shown = capsys.readouterr().out
     assert len(re.findall(r"0\.0001 \.\. 0\.0001 \.\. ", shown)) == 4
-    assert "1 .. 1" not in shown
     assert main(["plan", "run.yaml", *options, "training.learning_rate=0.003"]) == 0
     assert "0.003 .. 0.003" in capsys.readouterr().out
 
@@ -260,7 +259,7 @@ def test_init_writes_a_configuration_that_loads(tmp_path, monkeypatch, capsys):
 )
 def test_a_users_mistake_is_one_line(place, capsys, words, expected):
     assert expected in fails(capsys, *words)
-    assert not Path("out").exists()
+    assert not any(Path("out").glob("*"))
 
 
 def test_a_loss_that_is_not_finite_is_one_line_with_the_samples(place, capsys):

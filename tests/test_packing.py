@@ -141,12 +141,12 @@ def test_batches_of_packed_rows():
         KDCollator(0)([packed[0], {k: v for k, v in packed[1].items() if k != "position_ids"}])
 
 
-# Which models keep documents apart. Falcon does since some release after 5.10, GraniteMoe where no cache is made.
+# Which models keep documents apart. Falcon does since some release after 5.10.
 
 APART = [
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "vaultgemma", "nanochat", "phi", "phi3", "cohere", "cohere2"),
     *("granite", "hyperclovax", "minicpm3", "gpt2", "gptj", "codegen", "gpt_neo", "gpt_neox", "gpt_bigcode", "stablelm", "starcoder2"),
-    *("olmo", "olmo2", "smollm3", "glm4", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "jetmoe", "dbrx"),
+    *("olmo", "olmo2", "smollm3", "glm4", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "jetmoe", "dbrx"),
     *("deepseek_v2", "deepseek_v3"),
 ]
 MIXED = ["opt", "xglm", "biogpt", "bloom", "mpt", "mamba", "mamba2", "rwkv", "recurrent_gemma", "falcon_h1", "gpt_oss"]
@@ -154,7 +154,7 @@ WINDOWED = ("mistral", "gemma2", "gemma3_text", "cohere2", "starcoder2", "mixtra
 
 
 def test_every_family_is_listed():
-    assert {*APART, *MIXED, "falcon", "granitemoe"} == set(FAMILIES)
+    assert {*APART, *MIXED, "falcon"} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
