@@ -5,6 +5,8 @@ full store. The least that an epoch can take is that without the teacher's body;
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import re
 import subprocess
@@ -116,6 +118,9 @@ def _epoch(options: argparse.Namespace, layers: list[int], store: str | None) ->
         )
         student = load_model(options.teacher, dtype="float32", layers=layers)
         trainer = KDTrainer(student, {"teacher": options.teacher}, args, rows, processing_class=tokenizer)
+        gc.collect()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: loading the student is over
         teacher_seconds, began = 0.0, time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
