@@ -4,6 +4,7 @@ A checkpoint is written under a temporary name, its files are checksummed and fl
 without a manifest that verifies is never resumed from: a missing `optimizer.pt` would otherwise silently give other weights.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -12,12 +13,36 @@ import re
 import shutil
 from pathlib import Path
 
-__all__ = ["MANIFEST", "commit", "find_problems", "newest_complete", "rotate"]
+__all__ = ["MANIFEST", "CheckpointError", "commit", "find_problems", "newest_complete", "rotate", "what_is_full", "write_whole"]
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")
 
 logger = logging.getLogger(__name__)
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written; those before it are as they were."""
+
+
+def what_is_full(error: BaseException) -> str | None:
+    """In words, what left no room for a file, if that is what the error is about, whichever library met it; else None."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", str(error))):
+        code = int(found[1])
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full, or a limit on files or quota reached ({os.strerror(code)})"
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save does not say why
+        return "the file cannot be written; is the disk full, or a limit on files or quota reached?"
+    return None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of which a crash leaves the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _flush(temporary)
+    temporary.replace(path)
 
 
 def commit(staging: Path, final: Path) -> None:

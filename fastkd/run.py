@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -96,19 +96,20 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
     if run.plan.needs_scores:
         with run.args.main_process_first(desc="scoring the samples"):
             run.train = difficulty.attach(run.train, _score(run, student))
-    trainer = _trainer(run, student)
-    start = checkpoints.newest_complete(output) if resume else None
-    if resume and start is None:
-        logger.warning("no complete checkpoint in %s: starting from the beginning", output)
-    if start is None and run.held_out is not None:
-        _say("before", trainer.evaluate())
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
-    evaluated = any(row["step"] == trainer.state.global_step and "eval_ce" in row for row in read_metrics(output))
-    if run.held_out is not None and not evaluated:
-        _say("after", trainer.evaluate())
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        write_report(output, output.name, _facts(config, trainer))
+    with _room(config):
+        trainer = _trainer(run, student)
+        start = checkpoints.newest_complete(output) if resume else None
+        if resume and start is None:
+            logger.warning("no complete checkpoint in %s: starting from the beginning", output)
+        if start is None and run.held_out is not None:
+            _say("before", trainer.evaluate())
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        evaluated = any(row["step"] == trainer.state.global_step and "eval_ce" in row for row in read_metrics(output))
+        if run.held_out is not None and not evaluated:
+            _say("after", trainer.evaluate())
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            write_report(output, output.name, _facts(config, trainer))
     return output
 
 
@@ -227,10 +228,23 @@ def _blamed(config: RunConfig, key: str) -> Iterator[None]:
         raise ConfigError(f"{config.path}: {key}: {text}") from error
 
 
+@contextlib.contextmanager
+def _room(config: RunConfig) -> Iterator[None]:
+    """A full disk is one line, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        reason = checkpoints.what_is_full(error)
+        if reason is None:  # or known already, as of a checkpoint
+            raise
+        rest = "complete checkpoints and stored signals stay usable: make room and say --resume"
+        raise ConfigError(f"{config.path}: output_dir: {config.output_dir}: {reason}; {rest}") from error
+
+
 def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
     """Nothing that is not this run's is overwritten."""
 
-    def refuse(why: str):
+    def refuse(why: str) -> NoReturn:
         raise ConfigError(f"{config.path}: output_dir: {output} {why}")
 
     for name, spec in (("student", config.student), *config.teachers.items()):
@@ -243,9 +257,14 @@ def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
         return
     if not any(output.glob("checkpoint-*")) and finished.exists():
         refuse("holds a student, but no checkpoint to resume from; choose another folder")
+    if not plan.exists() and any(output.glob("checkpoint-*")):
+        refuse(f"holds checkpoints, but no {PLAN} that says with which settings they were made; choose another folder")
     if plan.exists():
-        before, now = (_bound(_flat(tree)) for tree in (json.loads(plan.read_text())["config"], config.to_dict()))
-        changed = difference(before, now)
+        try:
+            begun = json.loads(plan.read_text())["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            refuse(f"holds a {PLAN} that is damaged ({error}), so that the settings cannot be compared; choose another folder")
+        changed = difference(*(_bound(_flat(tree)) for tree in (begun, config.to_dict())))
         if changed:
             refuse(f"holds another run: {changed}; to resume, use the same (to train on, begin another run with student: {output})")
 
@@ -310,7 +329,7 @@ class _PlanFile(TrainerCallback):
             return
         plan = {"stages": self.schedule.table(), "plan": self.schedule.plan.to_dict(), "config": self.config.to_dict()}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / PLAN).write_text(json.dumps(plan, indent=1) + "\n")
+        checkpoints.write_whole(Path(args.output_dir) / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
 def _described(spec: ModelSpec) -> str:

@@ -159,6 +159,10 @@ class Teachers:
                 teacher.outline = outline(teacher.source.model, dtype=teacher.source.dtype, **_without(teacher.source.options, "layers"))
         return teacher.outline
 
+    def identity(self, name: str) -> dict[str, Any] | None:
+        """What a teacher given by name or path is: hashes of its weights and config, its options, dtype and head. None for a module."""
+        return None if self._get(name).given else self._identity(name)
+
     # Stages.
 
     def stage(self, needed: Collection[str], ahead: str | None = None, samples: Mapping[str, Collection[int]] | None = None) -> None:

@@ -49,6 +49,8 @@ from .teachers import Teachers, TeacherSource
 __all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError", "filled_plan"]
 
 _STATE = "kd_state.json"
+# Entries of a student's config that the weights do not depend on; some change when a model is used.
+_FREE_CONFIG = ("transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 _ORDERS = {"random": "shuffled", "sequential": "sequential", "group_by_length": "by_length"}
 
 logger = logging.getLogger(__name__)
@@ -488,6 +490,7 @@ class KDTrainer(Trainer):
             if other is not None:
                 raise ValueError(f"output_dir: {other} is of an earlier run: resume from it, or choose another folder")
         self._sums, step = _Sums(), 0
+        self._facts = self._run_facts() if found is not None or self.args.save_strategy != "no" else {}
         if found is not None:
             state = found / f"{self.args.process_index}-{_STATE}"
             if not state.exists():
@@ -495,7 +498,7 @@ class KDTrainer(Trainer):
                     f"resume_from_checkpoint: {found} has no {state.name}: it was saved with save_only_model, or by fewer processes"
                 )
             kept = json.loads(state.read_text())
-            changed = difference(kept["run"], self._run_facts())
+            changed = difference(kept["run"], self._facts)
             if changed:
                 raise ValueError(f"resume_from_checkpoint: {found} is of another run: {changed}")
             self._sums = _Sums(**kept["sums"])
@@ -506,8 +509,15 @@ class KDTrainer(Trainer):
             return super().train(None if found is None else str(found), *args, **kwargs)
 
     def _run_facts(self) -> dict[str, Any]:
-        """What a run must have in common with the one it resumes."""
-        return json.loads(json.dumps(self.schedule.facts()))
+        """What a run must have in common with the one it resumes.
+
+        The student's weights are the checkpoint's, but not its config: a rate of dropout, say. Teachers given as modules are not looked at.
+        """
+        student: Any = self.accelerator.unwrap_model(self.model)
+        config = {name: value for name, value in student.config.to_dict().items() if name not in _FREE_CONFIG}
+        teachers = [name for name in self.teachers.names if name in {_teacher_of(stage) for stage in self.plan.stages}]
+        identities = {name: found for name in teachers if (found := self.teachers.identity(name)) is not None}
+        return json.loads(json.dumps({**self.schedule.facts(), "student": config, "teachers": identities}, default=str))
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: the Trainer's loop would take one step more
@@ -529,18 +539,26 @@ class KDTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging.parent, ignore_errors=True)  # what a crash may have left
         self.accelerator.wait_for_everyone()
-        # Nothing old goes, and nothing is pushed, before the new one stands.
-        with _replaced(self, _staging=staging.parent.name), _replaced(self.args, save_total_limit=None, push_to_hub=False):
-            super()._save_checkpoint(model, trial)
-        if not self.args.save_only_model:
-            state = {"sums": asdict(self._sums), "run": self._run_facts()}
-            (staging / f"{self.args.process_index}-{_STATE}").write_text(json.dumps(state))
-        if self.state.best_model_checkpoint == str(staging):
-            self.state.best_model_checkpoint = str(final)
-        self.accelerator.wait_for_everyone()
+        try:
+            # Nothing old goes, and nothing is pushed, before the new one stands.
+            with _replaced(self, _staging=staging.parent.name), _replaced(self.args, save_total_limit=None, push_to_hub=False):
+                super()._save_checkpoint(model, trial)
+            if not self.args.save_only_model:
+                state = {"sums": asdict(self._sums), "run": self._facts}
+                (staging / f"{self.args.process_index}-{_STATE}").write_text(json.dumps(state))
+            if self.state.best_model_checkpoint == str(staging):
+                self.state.best_model_checkpoint = str(final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+                checkpoints.commit(staging, final)
+        except Exception as error:
+            reason = checkpoints.what_is_full(error)
+            if reason is None:
+                raise
+            shutil.rmtree(staging.parent, ignore_errors=True)  # it takes room
+            raise checkpoints.CheckpointError(f"{final}: {reason}; make room and resume from the checkpoint before") from error
         if self.args.should_save:
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-            checkpoints.commit(staging, final)
             staging.parent.rmdir()
             checkpoints.rotate(final, keep, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

@@ -121,10 +121,10 @@ class Progress:
 
     @contextlib.contextmanager
     def within(self, phase: str) -> Iterator[None]:
-        """Part of a checkpoint is a checkpoint."""
         before = self._shared[0]
-        if self.phase != "checkpoint":
+        if self.phase != "checkpoint":  # of which all parts are parts
             self._shared[0] = PHASES.index(phase)
+        time.sleep(0.03)
         try:
             yield
         finally:
@@ -154,7 +154,7 @@ def instrument(progress: Progress) -> None:
 
     def step(*args, **kwargs):
         progress.begin("training")
-        time.sleep(0.01)
+        time.sleep(0.03)
         return real_step(*args, **kwargs)
 
     real_step = trainer.KDTrainer.training_step

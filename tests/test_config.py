@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -384,3 +385,9 @@ def test_yamls_aliases_are_separate_and_no_is_a_word(tmp_path):
     assert found.student.dtype == "float16"
     assert found.teachers["teacher"].dtype is None
     assert found.training["save_strategy"] == "no"
+
+
+@pytest.mark.parametrize("name", ["demo", "pocl", "clpd", "pretrain"])
+def test_the_examples_load(name):
+    config = load_config(Path(__file__).parents[1] / "examples" / f"{name}.yaml")
+    assert config.plan is None if name == "demo" else config.plan.name == name

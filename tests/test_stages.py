@@ -13,6 +13,7 @@ from fastkd.presets import clpd, curriculum, pocl, progressive
 from fastkd.report import read_metrics
 from fastkd.trainer import KDTrainer
 
+from . import two_processes
 from .test_trainer import config
 from .tiny import rows, tiny_llama, tiny_tokenizer
 
@@ -234,6 +235,32 @@ def test_the_number_of_micro_batches_is_free_to_change_on_resuming(tmp_path):
     whole.train()
     for name, value in other.model.state_dict().items():
         torch.testing.assert_close(value, whole.model.state_dict()[name], rtol=1e-3, atol=2e-5)
+
+
+def two_teachers_run(folder, **changes) -> KDTrainer:
+    """Without dropout, which would differ from process to process; with a short batch at the end of each epoch."""
+    teachers = {"weak": tiny_llama(2, hidden=24), "strong": tiny_llama(3, hidden=24, layers=3)}
+    store = {"path": str(folder / "store"), "batch_size": 3}
+    plan = clpd(epochs=[2, 1], restart_lr=True, reset_optimizer=True)
+    return trainer(folder, plan, teachers, eval_data=rows(5, seed=3), student=tiny_llama(1), store=store, **changes)
+
+
+def test_two_processes_follow_the_plan_as_one(tmp_path):
+    """22 samples in two buckets of 11, batches of 4: the last batch of an epoch has 3 rows for two processes and two micro-batches."""
+    one = two_teachers_run(tmp_path / "one")
+    one.train()
+    two_processes.run("tests.ddp_stages", tmp_path)
+    two = torch.load(tmp_path / "two.pt")
+    assert two["wrapped"] == "DistributedDataParallel"
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-3, atol=2e-5)
+    assert two["kl"] == pytest.approx(one.evaluate()["eval_kl"], rel=1e-4)
+    alone, both = timeless(tmp_path / "one"), timeless(tmp_path / "two")
+    assert [{k: row[k] for k in ("step", "stage", "tokens", "teacher")} for row in alone] == [
+        {k: row[k] for k in ("step", "stage", "tokens", "teacher")} for row in both
+    ]
+    assert [row["loss"] for row in both] == pytest.approx([row["loss"] for row in alone], rel=1e-4)
+    assert [row["lr"] for row in both] == [row["lr"] for row in alone]
 
 
 def test_the_plan_goes_into_the_checkpoint(tmp_path):

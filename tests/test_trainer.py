@@ -3,11 +3,6 @@
 import copy
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ from fastkd.report import read_metrics
 from fastkd.signals import TeacherHidden
 from fastkd.trainer import KDConfig, KDTrainer, NonFiniteLossError
 
+from . import two_processes
 from .tiny import VOCABULARY, rows, tiny_llama, tiny_tokenizer
 
 
@@ -110,24 +106,7 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(tmp_path):
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     expected = first_gradients(tmp_path / "one", 4, 2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ddp_worker", str(tmp_path)],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        output, _ = worker.communicate(timeout=240)
-        assert worker.returncode == 0, output[-3000:]
+    two_processes.run("tests.ddp_worker", tmp_path)
     for rank in range(2):
         found = torch.load(tmp_path / f"gradients-{rank}.pt")
         assert found.pop("wrapped") == "DistributedDataParallel"
