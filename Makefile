@@ -4,13 +4,14 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OUT ?= benchmarks/results
 
-.PHONY: help demo test test-fast test-lowest lint bench gpu clean
+.PHONY: help demo test test-fast test-lowest faults lint bench gpu clean
 
 help:
 	@echo "make demo         distil SmolLM2-135M into its 20-layer cut on this machine (about 10 minutes on 2 cores)"
 	@echo "make test         all tests that this machine can run"
 	@echo "make test-fast    the same without those marked slow"
 	@echo "make test-lowest  the fast tests with the lowest supported versions, in .venv-lowest"
+	@echo "make faults       kill a run fifty times and resume it (minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        speed and memory of the loss on this machine; results to OUT=$(OUT)"
 	@echo "make gpu          on a machine with a GPU: the GPU tests, then the benchmarks; results to OUT=$(OUT)"
@@ -29,15 +30,18 @@ demo: $(VENV)/.installed
 	@$(PY) examples/demo.py
 
 test: $(VENV)/.installed
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not faults"
 
 test-fast: $(VENV)/.installed
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not faults"
 
 test-lowest:
 	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	@$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev,demo]'
-	$(VENV)-lowest/bin/python -m pytest -m "not slow"
+	$(VENV)-lowest/bin/python -m pytest -m "not slow and not faults"
+
+faults: $(VENV)/.installed
+	$(PY) -m tests.faults --kills 50
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

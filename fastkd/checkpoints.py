@@ -32,7 +32,7 @@ def what_is_full(error: BaseException) -> str | None:
         code = int(found[1])
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full, or a limit on files or quota reached ({os.strerror(code)})"
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save does not say why
+    if isinstance(error, RuntimeError) and re.search("inline_container|iostream", str(error)):  # torch.save does not say why
         return "the file cannot be written; is the disk full, or a limit on files or quota reached?"
     return None
 

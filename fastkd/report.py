@@ -108,7 +108,7 @@ def _text(value: Any) -> str:
 
 
 def _stages(stages: list[dict]) -> str:
-    if len(stages) < 2:
+    if not stages:
         return ""
     hidden = ("name", "first_step", "restart_lr", "reset_optimizer")
     columns = [key for key in stages[0] if key not in hidden and any(row.get(key) is not None for row in stages)]
@@ -124,8 +124,8 @@ def _curves(train: list[dict], evals: list[dict], stages: list[dict]) -> str:
     from matplotlib.figure import Figure  # no pyplot: no backend, no global state
 
     shown = [c for c in _CURVES if _points(train, c[1]) or _points(evals, c[2])]
-    if len(stages) < 2:  # the knobs are among the facts
-        shown = [c for c in shown if len({y for _, y in _points(train, c[1])}) != 1 or c[1] not in ("temperature", "kd_ratio")]
+    # A knob that does not move is in the table of the stages.
+    shown = [c for c in shown if len({y for _, y in _points(train, c[1])}) != 1 or c[1] not in ("temperature", "kd_ratio")]
     figure = Figure(figsize=(10, 3 * math.ceil(len(shown) / 2)), layout="constrained")
     axes = figure.subplots(math.ceil(len(shown) / 2), 2, squeeze=False).flatten()
     for axis, (title, train_column, eval_column) in zip(axes, shown, strict=False):

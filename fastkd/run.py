@@ -264,7 +264,7 @@ def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
             begun = json.loads(plan.read_text())["config"]
         except (ValueError, KeyError, TypeError) as error:
             refuse(f"holds a {PLAN} that is damaged ({error}), so that the settings cannot be compared; choose another folder")
-        changed = difference(*(_bound(_flat(tree)) for tree in (begun, config.to_dict())))
+        changed = difference(_bound(_flat(begun)), _bound(_flat(config.to_dict())))
         if changed:
             refuse(f"holds another run: {changed}; to resume, use the same (to train on, begin another run with student: {output})")
 

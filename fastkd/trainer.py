@@ -474,7 +474,12 @@ class KDTrainer(Trainer):
     # Checkpoints: written under a temporary name, verified, then renamed.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """`Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that verifies, a path is verified first."""
+        """`Trainer.train`; ``resume_from_checkpoint=True`` takes the newest checkpoint that verifies, a path is verified first.
+
+        Raises:
+            ValueError: a checkpoint that is damaged, or of a run with another plan, seed, data, student's config or teachers, naming which.
+            fastkd.checkpoints.CheckpointError: there is no room for one; those before it are as they were.
+        """
         found: Path | None = None
         if resume_from_checkpoint is True:
             found = checkpoints.newest_complete(self._folder)
@@ -498,7 +503,12 @@ class KDTrainer(Trainer):
                     f"resume_from_checkpoint: {found} has no {state.name}: it was saved with save_only_model, or by fewer processes"
                 )
             kept = json.loads(state.read_text())
-            changed = difference(kept["run"], self._facts)
+            before, now = dict(kept["run"]), dict(self._facts)
+            # Whether and on what a run is evaluated may change, but what has one name is to be one data set.
+            both = before["eval"].keys() & now["eval"].keys()
+            for facts in (before, now):
+                facts["eval"] = {name: facts["eval"][name] for name in sorted(both)}
+            changed = difference(before, now)
             if changed:
                 raise ValueError(f"resume_from_checkpoint: {found} is of another run: {changed}")
             self._sums = _Sums(**kept["sums"])
@@ -517,7 +527,9 @@ class KDTrainer(Trainer):
         config = {name: value for name, value in student.config.to_dict().items() if name not in _FREE_CONFIG}
         teachers = [name for name in self.teachers.names if name in {_teacher_of(stage) for stage in self.plan.stages}]
         identities = {name: found for name in teachers if (found := self.teachers.identity(name)) is not None}
-        return json.loads(json.dumps({**self.schedule.facts(), "student": config, "teachers": identities}, default=str))
+        held_out = {name: sample_table(data).content for name, data in self._datasets().items() if name != "train"}
+        facts = {**self.schedule.facts(), "student": config, "teachers": identities, "eval": held_out}
+        return json.loads(json.dumps(facts, default=str))
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: the Trainer's loop would take one step more
@@ -557,7 +569,7 @@ class KDTrainer(Trainer):
             if reason is None:
                 raise
             shutil.rmtree(staging.parent, ignore_errors=True)  # it takes room
-            raise checkpoints.CheckpointError(f"{final}: {reason}; make room and resume from the checkpoint before") from error
+            raise checkpoints.CheckpointError(f"{final}: {reason}; make room and resume") from error
         if self.args.should_save:
             staging.parent.rmdir()
             checkpoints.rotate(final, keep, self.state.best_model_checkpoint)
