@@ -22,6 +22,7 @@ _REFUSED = {
     "bf16_full_eval": "models are evaluated in the dtype they are trained in",
     "fp16_full_eval": "models are evaluated in the dtype they are trained in",
     "use_liger_kernel": "not available in this version",
+    "eval_accumulation_steps": "evaluation keeps sums, not logits",
     "auto_find_batch_size": "the plan fixes the batches",
     "ignore_data_skip": "a resumed run goes on with the samples that follow",
     "torch_compile": "the student's head is taken out of its forward; compile its layers instead (`layer.compile()` for each)",
@@ -92,6 +93,9 @@ class KDConfig(TrainingArguments):
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs: expected a number > 0, got {self.num_train_epochs}")
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name, None):
+                raise ValueError(f"accelerator_config.{name}: must be left off: the plan says which process has which samples")
         for name, why in _REFUSED.items():
             if getattr(self, name, False):
                 raise ValueError(f"{name}: must be left off: {why}")

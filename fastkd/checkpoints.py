@@ -13,6 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
+from .files import flush, write_whole
+
 __all__ = ["MANIFEST", "CheckpointError", "commit", "find_problems", "newest_complete", "rotate", "what_is_full", "write_whole"]
 
 MANIFEST = "manifest.json"
@@ -37,30 +39,22 @@ def what_is_full(error: BaseException) -> str | None:
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of which a crash leaves the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _flush(temporary)
-    temporary.replace(path)
-
-
 def commit(staging: Path, final: Path) -> None:
     """Checksum and flush the files of ``staging``, write their manifest, and rename the folder to ``final``, replacing what is there."""
     files = {}
     for file in sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _flush(file)
+        flush(file)
         files[file.relative_to(staging).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     manifest = staging / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1) + "\n")
-    _flush(manifest)
+    flush(manifest)
     for folder in {staging, *(f for f in staging.rglob("*") if f.is_dir())}:
-        _flush(folder)
+        flush(folder)
     old = staging.with_name(f"{final.name}-old")
     if final.exists():
         final.rename(old)
     staging.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -118,14 +112,3 @@ def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,13 +11,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["COLUMNS", "SHAPES", "DataError", "KDCollator", "load_rows", "tokenize"]
+__all__ = ["COLUMNS", "SHAPES", "DataError", "KDCollator", "counted_tokens", "load_rows", "tokenize"]
 
 logger = logging.getLogger(__name__)
 
@@ -319,6 +320,21 @@ def tokenize(
         logger.warning("%s: %d of %d rows are longer than max_length=%d and lose their end", name, cut, len(counted), max_length)
     tokenized = tokenized.remove_columns(["counted", "cut"])
     return tokenized.select(kept) if len(kept) < len(counted) else tokenized
+
+
+def counted_tokens(labels: Any) -> np.ndarray:
+    """Tokens of each row that are trained on, ``[rows]`` int64, from its labels, a pyarrow array of lists of whole numbers.
+
+    They are not shifted. The first label of a row does not count, whatever it is: nothing predicts it.
+    """
+    import pyarrow.compute as pc
+
+    sizes = pc.list_value_length(labels).to_numpy(zero_copy_only=False).astype(np.int64)
+    counts = pc.list_flatten(labels).to_numpy(zero_copy_only=False) != IGNORE
+    ends = np.cumsum(sizes)
+    counts[(ends - sizes)[sizes > 0]] = False
+    total = np.concatenate([[0], np.cumsum(counts)])
+    return total[ends] - total[ends - sizes]
 
 
 def _shape_of(found: Sequence[str], name: str) -> str:

@@ -1,10 +1,10 @@
 """How difficult each sample is: signals, their fusion to one score, and how far the orders of different signals and scorers agree."""
 
 import hashlib
+import io
 import json
 import logging
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from scipy import stats
 from torch import nn
 
-from .data import IGNORE
+from .data import counted_tokens
+from .files import first_difference, write_whole
 from .generation import generate
+from .models import fingerprint
 from .quality import completion_turns, prompt_ids, rouge_l, sample_losses
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def score(
     - ``rouge``: ROUGE-L F, 0 to 1, of the scorer's generated answer against the reference (`fastkd.quality.rouge_l`); higher is easier.
     - ``rouge_loss``: 1 / (60 + rank of rouge) + 1 / (60 + rank of loss), the reciprocal rank fusion of POCL (arXiv 2506.05695).
     - ``length``: counted tokens of the completion; lower is easier.
-    - ``steps``: lines of the completion with a letter or digit, before the first ``####``; lower is easier. One step per line is how GSM8K
-      writes solutions; all answers of a conversation count.
+    - ``steps``: lines of the completion with a letter or digit, before its first ``####``; lower is easier. One step per line is how GSM8K
+      writes solutions. The answers of a conversation are added up, each to its own ``####``.
     - ``column:NAME``: a numeric column of the raw rows; lower is easier, unless ``higher_is_easier``.
 
     Ranks run from 1 for the easiest. Samples of one value share the mean of their ranks, so that no signal favours what stands first in the
@@ -122,7 +123,7 @@ def score(
         "signals": names,
         "data": _data_hash(tokenized, turns, values),
         "options": options,
-        "scorer": {"name": _scorer_name(model, scorer), "weights": _weights_hash(model)} if computed and model is not None else None,
+        "scorer": {"name": _scorer_name(model, scorer), **fingerprint(model)} if computed and model is not None else None,
     }
 
     path = None if path is None else Path(path)
@@ -136,9 +137,9 @@ def score(
         if "rouge" in values and not any(values["rouge"]):
             logger.warning("signal 'rouge': every sample scored 0: a scorer that cannot answer, or a script other than Latin?")
         if "length" in names:
-            values["length"] = [sum(label != IGNORE for label in labels) for labels in tokenized["labels"][:]]
+            values["length"] = [n for part in tokenized.with_format("arrow").iter(10_000) for n in counted_tokens(part["labels"]).tolist()]
         if "steps" in names:
-            values["steps"] = [_steps("\n".join(texts)) for texts in turns]
+            values["steps"] = [sum(_steps(text) for text in texts) for texts in turns]
         table = _table(ids, names, signal, values, higher_is_easier, made_from)
     if stage_of is not None:
         table = _with_stage(table, stage_of)
@@ -235,15 +236,6 @@ def _data_hash(tokenized: "Dataset", turns: list[list[str]], columns: Mapping[st
 
 def _scorer_name(model: nn.Module | None, scorer: str | None) -> str:
     return scorer or str(getattr(getattr(model, "config", None), "name_or_path", "")) or type(model).__name__
-
-
-def _weights_hash(model: nn.Module | None) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in (model.state_dict() if model is not None else {}).items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _table(
@@ -343,33 +335,15 @@ def _beside(path: Path) -> Path:
 
 def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse scores of another origin. The scorer's name is not compared: its weights are."""
-    theirs, ours = _flat(found), _flat(wanted)
-    for key in [*ours, *(key for key in theirs if key not in ours)]:  # the signal first, then what follows from it
-        if key != "scorer.name" and theirs.get(key) != ours.get(key):
-            raise ScoreError(
-                f"{path}: its {key} is {theirs.get(key)!r}, this run's is {ours.get(key)!r}; choose another path, or delete the file"
-            )
-
-
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in facts.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+    if different := first_difference(found, wanted, ignored=("scorer.name",)):
+        raise ScoreError(f"{path}: made with other settings: {different}; choose another path, or delete the file")
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    """Whole or not at all."""
+    content = io.BytesIO()
+    pq.write_table(table, content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            pq.write_table(table, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content.getvalue())
 
 
 def facts(table: pa.Table) -> dict[str, Any]:

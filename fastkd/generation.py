@@ -11,9 +11,9 @@ from transformers import GenerationConfig
 
 from .data import _encode, _special_prefix
 from .hf import _causal_lm, _eval_mode
-from .preparation import pad_id
+from .preparation import pad_id, position_limit
 
-__all__ = ["Answer", "generate", "position_limit"]
+__all__ = ["Answer", "generate"]
 
 
 class Answer(NamedTuple):
@@ -57,7 +57,7 @@ def generate(
         model: a causal LM of transformers, wrapped by PEFT or not, on its device.
         tokenizer: the model's tokenizer.
         prompts: token ids, or texts, to which the tokenizer's leading special tokens are added. None may be empty.
-        max_new_tokens: longest answer, end token included. Shorter where the model has no position left.
+        max_new_tokens: longest answer, end token included. Shorter where the model has no learned position left; rotary ones do not end.
         temperature: 0 is greedy; otherwise the logits are divided by it and a token is sampled.
         top_p: when sampling, the smallest set of tokens whose probability reaches this is kept.
         seed: of the sampling.
@@ -106,11 +106,6 @@ def generate(
                 bar.update(len(batch))
 
     return run()
-
-
-def position_limit(model: nn.Module) -> int | None:
-    """Positions that the model's config states, or None."""
-    return getattr(_causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
 
 
 def _ids(tokenizer: Any, prefix: list[int], prompt: str | Sequence[int]) -> list[int]:

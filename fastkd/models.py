@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_peft_available
 
-__all__ = ["check_tokenizers", "keep_layers", "load_model", "load_tokenizer", "model_files", "outline"]
+from .files import json_hash
+
+__all__ = ["check_tokenizers", "config_hash", "fingerprint", "keep_layers", "load_model", "load_tokenizer", "model_files", "outline"]
 
 _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
@@ -49,7 +51,7 @@ def load_model(
         FileNotFoundError: a path or GGUF file that does not exist.
     """
     source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
-    with _named(source):
+    with _named(_base(source, kwargs)[0]):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **kwargs)
     return model if layers is None else keep_layers(model, layers)
 
@@ -84,6 +86,8 @@ def outline(
 ) -> PreTrainedModel:
     """`load_model`'s model without its weights: on the meta device, with its config, shapes and dtypes, and all its layers.
 
+    Of a PEFT adapter it is the base model.
+
     Raises:
         ValueError: unknown dtype.
         FileNotFoundError: a path or GGUF file that does not exist.
@@ -91,8 +95,9 @@ def outline(
     source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
     wanted = _dtype(dtype)
     known = {k: kwargs[k] for k in ("revision", "token", "subfolder", "local_files_only", "trust_remote_code") if k in kwargs}
-    with _named(source):
-        config = AutoConfig.from_pretrained(source, **known)
+    base, _ = _base(source, kwargs)
+    with _named(base):
+        config = AutoConfig.from_pretrained(base, **known)
     if wanted == "auto":
         wanted = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or _stored_dtype(source, kwargs)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -109,20 +114,18 @@ def model_files(
 ) -> list[Path]:
     """The files that `load_model` reads: `config.json`, then those of the weights. Files on the hub are fetched.
 
+    Of a PEFT adapter they are those of the base model, then `adapter_config.json` and the adapter's weights.
+
     Raises:
         FileNotFoundError: a path or GGUF file that does not exist, or a place without a config or weights.
+        ValueError: an adapter without its base model's name, or without the package `peft`.
     """
     source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
-    found = {k: kwargs[k] for k in ("revision", "token", "subfolder", "local_files_only") if k in kwargs}
+    place = {k: kwargs[k] for k in ("revision", "token", "subfolder", "local_files_only") if k in kwargs}
+    source, adapter = _base(source, kwargs)
 
     def find(name: str) -> Path | None:
-        if Path(source).is_dir():
-            file = Path(source, found.get("subfolder") or "", name)
-            return file if file.is_file() else None
-        try:
-            return Path(cached_file(source, name, **found) or "")
-        except OSError:  # the hub does not have it, or cannot be reached
-            return None
+        return _find(source, name, **place)
 
     config = find("config.json")
     variant = f".{kwargs['variant']}" if kwargs.get("variant") else ""
@@ -130,14 +133,90 @@ def model_files(
         if config is None:
             break
         if (one := find(f"{stem}{variant}.{suffix}")) is not None:
-            return [config, one]
+            return [config, one, *adapter]
         if (index := find(f"{stem}.{suffix}.index{variant}.json")) is not None:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             shards = [find(name) for name in names]
             if None in shards:
                 raise FileNotFoundError(f"no file {names[shards.index(None)]!r} in {source!r}, which its {index.name} names")
-            return [config, *(shard for shard in shards if shard is not None)]
-    raise FileNotFoundError(f"no {'config.json' if config is None else 'model.safetensors or pytorch_model.bin'} in {source!r}")
+            return [config, *(shard for shard in shards if shard is not None), *adapter]
+    missing = "config.json" if config is None else "model.safetensors or pytorch_model.bin"
+    of = f", the base model of the adapter in {str(adapter[0].parent)!r}" if adapter else ""
+    raise FileNotFoundError(f"no {missing} in {source!r}{of}")
+
+
+def _find(source: str, name: str, *, subfolder: str | None = None, **place: Any) -> Path | None:
+    """A file of a model in a folder or on the hub, from where it is fetched; None where there is none."""
+    if Path(source).is_dir():
+        file = Path(source, subfolder or "", name)
+        return file if file.is_file() else None
+    try:
+        return Path(cached_file(source, name, subfolder=subfolder or "", **place) or "")
+    except OSError:  # the hub does not have it, or cannot be reached
+        return None
+
+
+def _base(source: str, kwargs: Mapping[str, Any]) -> tuple[str, list[Path]]:
+    """Where the model itself is, and the config and weights of the PEFT adapter at `source` that `from_pretrained` puts on it, if any."""
+    place = {k: kwargs[k] for k in ("revision", "token", "local_files_only") if k in kwargs} | (kwargs.get("adapter_kwargs") or {})
+    if Path(source).is_dir():
+        place["subfolder"] = None  # as `from_pretrained` has it
+    config = _find(source, "adapter_config.json", **place)
+    if config is None:
+        return source, []
+    if not is_peft_available():  # then `from_pretrained` does not see it
+        if _find(source, "config.json", **place) is None:
+            raise ValueError(f"{source!r} holds an adapter, which needs the package peft: pip install peft")
+        return source, []
+    weights = _find(source, "adapter_model.safetensors", **place) or _find(source, "adapter_model.bin", **place)
+    if weights is None:
+        raise FileNotFoundError(f"no adapter_model.safetensors or adapter_model.bin in {source!r}, beside its {config.name}")
+    if Path(source, "config.json").is_file():
+        return source, [config, weights]
+    try:
+        base = json.loads(config.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config}: expected JSON with the key base_model_name_or_path ({type(error).__name__}: {error})") from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{config}: base_model_name_or_path: expected a model's name or path, got {base!r}")
+    return base, [config, weights]
+
+
+# Who a model is.
+
+# Entries of a model's or adapter's config that do not change what it computes, or that its weights tell as well.
+_UNCOMPARED = (
+    "transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache",
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+)  # fmt: skip
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """A hash of those entries of a model's or adapter's config on which its outputs depend."""
+    return json_hash({k: v for k, v in config.items() if k not in _UNCOMPARED})
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Hashes of what a model's outputs follow from: ``weights``, ``config``, and ``adapter`` where PEFT has put one or more on it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    found = {"weights": digest.hexdigest()}
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        found["config"] = config_hash(config.to_dict())
+    if adapters := getattr(model, "peft_config", None):
+        # Which of them are on, and how strong each is, the layers know; the state has neither.
+        knobs = ("active_adapters", "disable_adapters", "scaling", "merged_adapters")
+        layers = {
+            name: {knob: getattr(layer, knob, None) for knob in knobs}
+            for name, layer in model.named_modules()
+            if isinstance(getattr(layer, "disable_adapters", None), bool)
+        }
+        found["adapter"] = json_hash([{name: config_hash(adapter.to_dict()) for name, adapter in adapters.items()}, layers])
+    return found
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
@@ -189,8 +268,8 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     return student
 
 
-def check_tokenizers(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that a token id means the same to student and teacher; ids that only one of them knows do not matter.
+def check_tokenizers(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase, who: str = "teacher") -> None:
+    """Check that a token id means the same to student and teacher (or ``who``); ids that only one of them knows do not matter.
 
     Raises:
         ValueError: naming the lowest id on which they differ and both tokens.
@@ -201,7 +280,7 @@ def check_tokenizers(student_tokenizer: PreTrainedTokenizerBase, teacher_tokeniz
     if different:
         i = min(different)
         raise ValueError(
-            f"the tokenizers differ: id {i} is {student[i]!r} to the student and {teacher[i]!r} to the teacher "
+            f"the tokenizers differ: id {i} is {student[i]!r} to the student and {teacher[i]!r} to the {who} "
             f"({len(different)} of {len(student.keys() & teacher.keys())} shared ids differ); expected one vocabulary"
         )
 

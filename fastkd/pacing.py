@@ -10,16 +10,16 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainingArguments, get_scheduler
 
-from .data import IGNORE
+from .data import IGNORE, counted_tokens
 from .plan import Samples, Schedule
 
-__all__ = ["StageCallback", "learning_rate_factor", "plan_loader", "sample_table"]
+__all__ = ["DUMMY", "StageCallback", "learning_rate_factor", "plan_loader", "sample_table"]
 
-_DUMMY = -1  # in place of a row's position
+DUMMY = -1  # in place of a row's position, and its sample_index
 
 
-def sample_table(dataset: Dataset) -> Samples:
-    """The table of the samples of a tokenised data set; scores from its column ``score``, where it has one."""
+def sample_table(dataset: Dataset, scored: bool = False) -> Samples:
+    """The table of the samples of a tokenised data set; with ``scored``, scores from its column ``score``, where it has one."""
     digest, lengths, counted = hashlib.sha256(), [], []
     for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(10_000):
         columns = [batch[name].combine_chunks() for name in ("input_ids", "labels")]
@@ -27,12 +27,10 @@ def sample_table(dataset: Dataset) -> Samples:
         ids, labels = (column.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for column in columns)
         for values in (sizes, ids, labels):
             digest.update(values.tobytes())
-        starts = np.cumsum(sizes) - sizes
-        counts = np.concatenate([[0], np.cumsum(labels != IGNORE)])
         lengths += sizes.tolist()
-        counted += (counts[starts + sizes] - counts[starts]).tolist()
+        counted += counted_tokens(columns[1]).tolist()
     ids = dataset["sample_id"] if "sample_id" in dataset.column_names else [f"row {i}" for i in dataset["sample_index"]]
-    scores = [float(score) for score in dataset["score"]] if "score" in dataset.column_names else None
+    scores = [float(score) for score in dataset["score"]] if scored and "score" in dataset.column_names else None
     return Samples([str(i) for i in ids], lengths, counted, scores, digest.hexdigest())
 
 
@@ -69,7 +67,7 @@ class _Batches(Sampler[list[int]]):
             for micro in range(self.accumulation):
                 found = self.schedule.micro_batch(step, micro, process=self.process, processes=self.processes, size=self.size)
                 # The Trainer draws all micro-batches of a step, and DDP waits for all processes.
-                yield found or [_DUMMY]
+                yield found or [DUMMY]
 
 
 class _WithDummy:
@@ -82,28 +80,31 @@ class _WithDummy:
         return len(self.dataset)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        if position != _DUMMY:
+        if position != DUMMY:
             return self.dataset[position]
         row = dict(self.dataset[0])
-        return {**row, "labels": [IGNORE] * len(row["labels"]), "sample_index": _DUMMY}
+        return {**row, "labels": [IGNORE] * len(row["labels"]), "sample_index": DUMMY}
 
 
 def learning_rate_factor(args: TrainingArguments, schedule: Schedule) -> Callable[[int], float]:
     """What the learning rate is multiplied by at a step: ``args.lr_scheduler_type``, begun anew in each segment of the schedule.
 
     Raises:
-        ValueError: for a scheduler that follows a metric instead of the step.
+        ValueError: for a scheduler that follows a metric instead of the step, or keywords that it does not have.
     """
     shapes = {}
     for start, steps in schedule.segments:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-        scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=optimizer,
-            num_warmup_steps=args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},  # type: ignore[arg-type]
-        )
+        try:
+            scheduler = get_scheduler(
+                args.lr_scheduler_type,
+                optimizer=optimizer,
+                num_warmup_steps=args.get_warmup_steps(steps),
+                num_training_steps=steps,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs or {},  # type: ignore[arg-type]
+            )
+        except TypeError as error:
+            raise ValueError(f"lr_scheduler_kwargs: {error}") from error
         if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             raise ValueError(f"lr_scheduler_type: {args.lr_scheduler_type!s} does not follow from the step, so that no plan can restart it")
         shapes[start] = scheduler.lr_lambdas[0]

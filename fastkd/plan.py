@@ -116,7 +116,7 @@ class Plan:
         stages: in order.
         fractions: shares of the samples in each difficulty bucket, easiest first; they sum to 1. A bucket has ``int(share * N)`` samples,
             the last one the rest.
-        remainder: of the samples that do not fill a batch at the end of an epoch: "short", a smaller batch, or "drop".
+        remainder: of the samples that do not fill a batch at the end of an epoch: "short", a smaller batch, or "drop"; None: the trainer's.
         order: within an epoch: "shuffled", "sequential" (as in the data), "sorted" (easy to hard) or "by_length" (shuffled, then batched
             with others of their length); None: the trainer's.
         name: of the preset, for people.
@@ -124,7 +124,7 @@ class Plan:
 
     stages: tuple[Stage, ...]
     fractions: tuple[float, ...] = (1.0,)
-    remainder: str = "short"
+    remainder: str | None = None
     order: str | None = None
     name: str = ""
 
@@ -133,7 +133,8 @@ class Plan:
             raise PlanError("stages: expected at least one")
         if not self.fractions or not all(is_number(f) and 0 < f <= 1 for f in self.fractions) or abs(sum(self.fractions) - 1) > 1e-6:
             raise PlanError(f"fractions: expected numbers in (0, 1] that sum to 1, got {list(self.fractions)}")
-        _one_of("remainder", self.remainder, REMAINDERS)
+        if self.remainder is not None:
+            _one_of("remainder", self.remainder, REMAINDERS)
         if self.order is not None:
             _one_of("order", self.order, ORDERS)
         for i, stage in enumerate(self.stages):
@@ -155,6 +156,7 @@ class Plan:
         kd_ratio: Knob = 1.0,
         parameters: Mapping[str, Knob] | None = None,
         order: str = "shuffled",
+        remainder: str = "short",
     ) -> "Plan":
         """The plan with every None replaced, and every teacher by name.
 
@@ -185,7 +187,7 @@ class Plan:
                 )
             except PlanError as error:
                 raise PlanError(f"stages[{i}].{error}") from None
-        return replace(self, stages=tuple(stages), order=self.order or order)
+        return replace(self, stages=tuple(stages), order=self.order or order, remainder=self.remainder or remainder)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, and that `fastkd.presets.make_plan` takes."""
@@ -199,9 +201,14 @@ class Plan:
         own = {"fractions": list(self.fractions), "remainder": self.remainder, "order": self.order, "name": self.name}
         return {"stages": stages, **own}
 
-    def schedule(self, samples: "Samples", *, batch_size: int, seed: int) -> "Schedule":
-        """The plan for these samples, which must be `filled`. ``batch_size`` is the global one: of all processes and accumulation steps."""
-        return Schedule(self, samples, batch_size, seed)
+    def schedule(self, samples: "Samples", *, batch_size: int, seed: int, max_steps: int | None = None) -> "Schedule":
+        """The plan for these samples, which must be `filled`.
+
+        Args:
+            batch_size: the global one: of all processes and accumulation steps.
+            max_steps: cuts the run short. Ramps and the learning rate's schedule stay those of the whole plan.
+        """
+        return Schedule(self, samples, batch_size, seed, max_steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +216,7 @@ class Samples:
     """The table of samples, in the order of the data.
 
     Args:
-        ids: names, unique.
+        ids: names.
         lengths: tokens of each row. counted: those of them that are trained on; None: as ``lengths``.
         scores: higher is easier; None where the plan does not ask.
         content: any text that stands for the rows' contents, such as a hash; a run refuses to resume when it changes.
@@ -267,7 +274,7 @@ class Schedule:
     """A plan for given samples, batch size and seed: everything at a step, as pure functions of the step.
 
     Attributes:
-        total_steps: optimizer steps of the run.
+        total_steps: optimizer steps of the run. planned_steps: those of the whole plan, where ``max_steps`` cuts it short.
         starts: the first step of each stage. pools: the number of samples of each stage.
         segments: ``(first step, steps)`` of each run of the learning rate's schedule.
 
@@ -275,7 +282,7 @@ class Schedule:
         PlanError: a stage without samples or steps, or scores that are missing.
     """
 
-    def __init__(self, plan: Plan, samples: Samples, batch_size: int, seed: int):
+    def __init__(self, plan: Plan, samples: Samples, batch_size: int, seed: int, max_steps: int | None = None):
         if len(samples) == 0:
             raise PlanError("samples: there are none")
         if plan.needs_scores and samples.scores is None:
@@ -293,9 +300,10 @@ class Schedule:
             # A hair less, because 0.1 * 30 is a hair more than 3.
             self._steps.append(stage.steps or math.ceil((stage.epochs or 1) * per_epoch - 1e-9))
         self.starts = [sum(self._steps[:i]) for i in range(len(self._steps))]
-        self.total_steps = sum(self._steps)
+        self.planned_steps = sum(self._steps)
+        self.total_steps = self.planned_steps if max_steps is None else min(max_steps, self.planned_steps)
         restarts = sorted({0, *(start for start, stage in zip(self.starts, plan.stages, strict=True) if stage.restart_lr)})
-        ends = [*restarts[1:], self.total_steps]
+        ends = [*restarts[1:], self.planned_steps]
         self.segments = [(start, end - start) for start, end in zip(restarts, ends, strict=True)]
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
@@ -305,14 +313,16 @@ class Schedule:
 
     def at(self, step: int) -> Point:
         """What step ``step`` is; the last one's knobs hold beyond the end."""
-        step = min(max(step, 0), self.total_steps - 1)
+        return self._point(min(max(step, 0), self.total_steps - 1))
+
+    def _point(self, step: int) -> Point:
         i = bisect.bisect_right(self.starts, step) - 1
         stage, here, steps, per_epoch = self.plan.stages[i], step - self.starts[i], self._steps[i], self._per_epoch[i]
 
         def value(knob: Knob | None) -> float:
             if not isinstance(knob, Ramp):
                 return float(knob or 0.0)
-            place, last = (here, steps - 1) if knob.over == "stage" else (step, self.total_steps - 1)
+            place, last = (here, steps - 1) if knob.over == "stage" else (step, self.planned_steps - 1)
             return knob.at(place / last if last else 0.0)
 
         return Point(
@@ -320,7 +330,7 @@ class Schedule:
             stage=i,
             name=stage.name,
             begins=here == 0,
-            ends=here == steps - 1,
+            ends=here == steps - 1 or step == self.total_steps - 1,
             epoch_ends=(here + 1) % per_epoch == 0 or here == steps - 1,
             teacher=stage.teacher if isinstance(stage.teacher, str) else None,
             temperature=value(stage.temperature),
@@ -328,6 +338,11 @@ class Schedule:
             parameters={name: value(knob) for name, knob in stage.parameters.items()},
             reset_optimizer=stage.reset_optimizer and here == 0,
         )
+
+    @property
+    def ending(self) -> Point:
+        """The last step of the whole plan, also where the run is cut short."""
+        return self._point(self.planned_steps - 1)
 
     def epochs(self, step: int) -> float:
         """Passes over the stages' own samples before step ``step``, of all stages together."""
@@ -379,33 +394,45 @@ class Schedule:
 
     def segment(self, step: int) -> tuple[int, int]:
         """``(first step, steps)`` of the learning rate's schedule that step ``step`` is in."""
-        return self.segments[bisect.bisect_right([start for start, _ in self.segments], min(step, self.total_steps - 1)) - 1]
+        return self.segments[bisect.bisect_right([start for start, _ in self.segments], min(step, self.planned_steps - 1)) - 1]
 
     def tokens(self, stage: int) -> int:
         """Tokens that the stage trains on, repeated visits included."""
         counted = self.samples.counted if self.samples.counted is not None else self.samples.lengths
-        whole, rest = divmod(self._steps[stage], self._per_epoch[stage])
+        steps = self._trained(stage)
+        whole, rest = divmod(steps, self._per_epoch[stage])
         total, start = 0, self.starts[stage]
         if whole and self.plan.remainder == "short":
             total, start = whole * sum(counted[position] for position in self.pool(stage)), start + whole * self._per_epoch[stage]
             return total + sum(counted[p] for step in range(start, start + rest) for p in self.batch(step))
-        return sum(counted[p] for step in range(start, start + self._steps[stage]) for p in self.batch(step))
+        return sum(counted[p] for step in range(start, start + steps) for p in self.batch(step))
+
+    def _trained(self, stage: int) -> int:
+        """The steps of a stage that the run comes to."""
+        return max(0, min(self._steps[stage], self.total_steps - self.starts[stage]))
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each stage, for people and for ``plan.json``."""
+        """A row for each stage that the run comes to, for people and for ``plan.json``."""
         rows = []
+        names = list(dict.fromkeys(name for stage in self.plan.stages for name in stage.parameters))
         for i, stage in enumerate(self.plan.stages):
-            first, last = self.at(self.starts[i]), self.at(self.starts[i] + self._steps[i] - 1)
-            knobs = {"temperature": (first.temperature, last.temperature), "kd_ratio": (first.kd_ratio, last.kd_ratio)}
-            knobs |= {name: (value, last.parameters[name]) for name, value in first.parameters.items()}
+            steps = self._trained(i)
+            if not steps:
+                break
+            first, last = self.at(self.starts[i]), self.at(self.starts[i] + steps - 1)
+            knobs: dict[str, tuple[Any, Any]] = {
+                "temperature": (first.temperature, last.temperature),
+                "kd_ratio": (first.kd_ratio, last.kd_ratio),
+                **{name: (first.parameters.get(name), last.parameters.get(name)) for name in names},
+            }
             rows.append(
                 {
                     "stage": i,
                     "name": stage.name,
                     "samples": self.pools[i],
-                    "epochs": self._steps[i] / self._per_epoch[i],
+                    "epochs": steps / self._per_epoch[i],
                     "first_step": self.starts[i],
-                    "steps": self._steps[i],
+                    "steps": steps,
                     "tokens": self.tokens(i),
                     "teacher": first.teacher,
                     **{name: list(ends) if ends[0] != ends[1] else ends[0] for name, ends in knobs.items()},

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -13,18 +13,24 @@ from transformers import PreTrainedTokenizerBase
 
 from .arguments import KDConfig
 from .data import tokenize
+from .functional import divergence as make_divergence
+from .functional import fused_linear_kd
 from .hf import verify_head
 from .models import load_model
 from .packing import pack
+from .signals import TeacherTopK
+from .store import StoreError
 
 __all__ = [
     "check_apart",
     "check_best_metric",
     "check_fits",
     "check_head",
+    "check_signal",
     "load_student",
     "pad_id",
     "place",
+    "position_limit",
     "tokenized",
 ]
 
@@ -59,17 +65,21 @@ def check_apart(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
-def check_best_metric(args: KDConfig, eval_dataset: Any, compute_metrics: Any) -> None:
+def check_best_metric(args: KDConfig, eval_dataset: Any, compute_metrics: Any, teacher: bool) -> None:
+    if not (args.metric_for_best_model or args.load_best_model_at_end or args.save_strategy == "best"):
+        return
     name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    known = ["loss", "ce", "perplexity", *(["kl", "agreement"] if teacher else [])]
     if isinstance(eval_dataset, Mapping):
-        name = next((name.removeprefix(f"{key}_") for key in eval_dataset if name.startswith(f"{key}_")), name)
-    known = ("loss", "kl", "ce", "perplexity", "agreement")
+        known = [f"{key}_{metric}" for key in eval_dataset for metric in known]
     if name not in known and compute_metrics is None:
         raise ValueError(f"metric_for_best_model: expected one of {', '.join(known)}, got {args.metric_for_best_model!r}")
 
 
 def check_fits(dataset: Dataset, who: str, model: Any) -> None:
     """Refuse token ids and lengths that a model's embeddings do not have: on a GPU they end in an assertion that names nothing."""
+    if len(dataset) == 0:
+        raise ValueError("dataset: has no rows")
     columns = [batch["input_ids"] for batch in dataset.with_format("arrow").iter(10_000)]
     largest = max(pc.max(pc.list_flatten(c)).as_py() for c in columns)
     longest = max(pc.max(pc.list_value_length(c)).as_py() for c in columns)
@@ -77,16 +87,37 @@ def check_fits(dataset: Dataset, who: str, model: Any) -> None:
 
 
 def _check_embeddings(model: Any, who: str, largest: int, longest: int) -> None:
-    embeddings = [(name, m.num_embeddings) for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
     tokens = model.get_input_embeddings()
     if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
         raise ValueError(f"input_ids: {who} has {tokens.num_embeddings} token embeddings, the data has id {largest}: another tokenizer?")
-    # Learned positions, not rotary ones.
-    learned = [n for name, n in embeddings if "pos" in name.rpartition(".")[2] or name.endswith("wpe")]
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limit = min([*learned, stated or math.inf]) if learned else math.inf
-    if longest > limit:
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
         raise ValueError(f"max_length: {who} has {limit} positions, the data has a row of {longest} tokens")
+
+
+def position_limit(model: Any) -> int | None:
+    """The most tokens that a model takes: as many as it has learned positions; None where they are rotary or computed otherwise."""
+    embeddings = [(name.rpartition(".")[2], m.num_embeddings) for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    learned = [n for name, n in embeddings if "pos" in name or name.endswith("wpe")]
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min([*learned, *([stated] if stated else [])]) if learned else None
+
+
+def check_signal(kind: str, divergence: str, parameters: Mapping[str, Sequence[float]]) -> None:
+    """Refuse a divergence that what a store keeps cannot serve: computed once, on two buckets and a tail."""
+    tail = -torch.inf if kind == "sampled" else math.log(0.1)
+    signal = TeacherTopK(torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.3 if kind == "topk" else 0.4]]).log(), 1.0, torch.tensor([tail]))
+    for i in range(2 if kind != "hidden" else 0):  # both ends of a ramp
+        values = {name: ends[-i] for name, ends in parameters.items()}
+        try:
+            found = fused_linear_kd(torch.eye(2)[:1], torch.eye(4)[:, :2], signal, divergence=make_divergence(divergence, **values))
+        except ValueError as error:
+            raise StoreError(f"store.kind: {kind}: {error}; expected another divergence, or kind hidden") from None
+        if not found.isfinite():
+            raise StoreError(
+                f"store.kind: {kind} gives tokens that were not kept no probability, where the divergence {divergence} is infinite;"
+                " expected forward_kl, another finite one, or kind hidden"
+            )
 
 
 def check_head(argument: str, model: Any) -> None:
@@ -97,7 +128,8 @@ def check_head(argument: str, model: Any) -> None:
         raise ValueError(f"{argument}: {error}") from error
 
 
-def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDConfig, name: str) -> Dataset:
+def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDConfig, name: str, scored: bool = False) -> Dataset:
+    """Rows of `fastkd.data.tokenize` or `fastkd.packing.pack`; with ``scored``, their column ``score`` too, where they have one."""
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{name}_dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
     if {"input_ids", "labels", "sample_index"} <= set(dataset.column_names):
@@ -114,10 +146,13 @@ def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDC
     )
     if args.packing:
         return pack(rows, args.max_length, name=name)
-    if "score" not in dataset.column_names:
+    if not scored or "score" not in dataset.column_names:
         return rows
     scores = dataset["score"]
-    return rows.add_column("score", [float(scores[i]) for i in rows["sample_index"]])
+    try:
+        return rows.add_column("score", [float(scores[i]) for i in rows["sample_index"]])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}_dataset: column 'score': expected numbers, higher is easier: {error}") from None
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -31,7 +31,7 @@ def sft(*, epochs: float | None = None, steps: int | None = None, **options: Any
 
 def curriculum(
     *,
-    buckets: int = 4,
+    buckets: int | None = None,
     fractions: Sequence[float] | None = None,
     cumulative: bool = True,
     epochs: float | Sequence[float] | None = None,
@@ -76,7 +76,7 @@ def progressive(
 
 def pocl(
     *,
-    buckets: int = 4,
+    buckets: int | None = None,
     fractions: Sequence[float] | None = None,
     cumulative: bool = True,
     epochs: float | Sequence[float] = 8,
@@ -125,7 +125,7 @@ def clpd(
     Source: "Curriculum Learning-Guided Progressive Distillation" (arXiv 2605.11260), abstract.
     """
     names = _teachers(teachers)
-    shares = _fractions(len(names), fractions)
+    shares = _fractions(len(names) if fractions is None else None, fractions)
     if len(shares) != len(names):
         raise PlanError(f"fractions: expected one for each of {len(names)} teachers, got {len(shares)}")
     stages = _bucket_stages("clpd", shares, cumulative, epochs, temperature, kd_ratio, restart_lr, reset_optimizer)
@@ -183,13 +183,14 @@ def make_plan(value: "str | Mapping[str, Any] | Plan", *, teachers: int = 1) -> 
         value = {"preset": value}
     if not isinstance(value, Mapping):
         raise PlanError(f"expected a preset's name, or a mapping with the key preset or stages, got {value!r}")
-    if "stages" in value:
+    if value.get("stages") is not None:
         if "preset" in value:
             raise PlanError("stages: given together with preset; keep one of the two")
         return _own_plan(value)
-    if "preset" not in value:
+    if value.get("preset") is None:
         raise PlanError(f"preset: missing; give one of {', '.join(PRESETS)}, or list stages")
-    options = dict(value)
+    # Null is absent, except that no teacher is a choice.
+    options = {key: option for key, option in value.items() if option is not None or key == "teacher"}
     name = options.pop("preset")
     if not isinstance(name, str) or name not in PRESETS:
         raise PlanError(f"unknown preset {name!r}{near_hint(name, PRESETS)}; known are {', '.join(PRESETS)}")
@@ -230,13 +231,15 @@ def _own_plan(value: Mapping[str, Any]) -> Plan:
             for key in row:
                 if key not in known:
                     raise PlanError(f"{key}: unknown key{near_hint(key, known)}; known are {', '.join(known)}")
-            given = dict(row)
+            given = {key: option for key, option in row.items() if option is not None or key == "teacher"}
             for key in ("temperature", "kd_ratio"):
                 if key in given:
                     given[key] = _knob(key, given[key])
             parameters = given.get("parameters") or {}
             if not isinstance(parameters, Mapping):
                 raise PlanError(f"parameters: expected a mapping, got {parameters!r}")
+            if not all(isinstance(name, str) for name in parameters):
+                raise PlanError(f"parameters: expected names and numbers, got {dict(parameters)!r}")
             given["parameters"] = {name: _knob(f"parameters.{name}", knob) for name, knob in parameters.items()}
             if given.get("buckets") is not None:
                 buckets = given["buckets"]
@@ -251,7 +254,7 @@ def _own_plan(value: Mapping[str, Any]) -> Plan:
     return Plan(tuple(stages), tuple(fractions), **rest)
 
 
-def _plan(name: str, stages: Sequence[Stage], *, fractions=(1.0,), remainder: str = "short", order: str | None = None) -> Plan:
+def _plan(name: str, stages: Sequence[Stage], *, fractions=(1.0,), remainder: str | None = None, order: str | None = None) -> Plan:
     return Plan(tuple(stages), tuple(fractions), remainder, order, name)
 
 
@@ -264,8 +267,11 @@ def _bucket_stages(name, shares, cumulative, epochs, temperature, kd_ratio, rest
     ]
 
 
-def _fractions(buckets: int, fractions: Sequence[float] | None) -> tuple[float, ...]:
-    return (1 / buckets,) * buckets if fractions is None else tuple(fractions)
+def _fractions(buckets: int | None, fractions: Sequence[float] | None) -> tuple[float, ...]:
+    if buckets is not None and fractions is not None:
+        raise PlanError("fractions: given together with buckets; keep one of the two")
+    n = buckets or 4
+    return (1 / n,) * n if fractions is None else tuple(fractions)
 
 
 def _teachers(teachers: int | Sequence[str]) -> Sequence[str | int]:

@@ -15,7 +15,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def preview(schedule: Schedule, args: TrainingArguments) -> str:
-    """The stages, with samples, epochs, steps, counted tokens, teacher, knobs and learning rate, and the knobs over the steps."""
+    """The stages that the run comes to: samples, epochs, steps, counted tokens, teacher, knobs, learning rate; and a drawing of them."""
     total = schedule.total_steps
     try:
         factor = learning_rate_factor(args, schedule)
@@ -30,13 +30,16 @@ def preview(schedule: Schedule, args: TrainingArguments) -> str:
         notes = [note for key, note in (("restart_lr", "restart"), ("reset_optimizer", "reset")) if row.pop(key)]
         lr = "by a metric" if rates is None else f"{rates[span][0]:.2g} .. {max(rates[span]):.2g} .. {rates[span][-1]:.2g}"
         rows.append({**row, "learning rate": lr, "begins with": ", ".join(notes)})
+    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    rows = [{key: row[key] for key in columns} for row in rows]
     if not any(row["begins with"] for row in rows):
         for row in rows:
             del row["begins with"]
     totals = {"name": "in all", "steps": total, "tokens": sum(row["tokens"] for row in rows)}
+    cut = "" if total == schedule.planned_steps else f" (max_steps cuts {schedule.planned_steps} short)"
     heading = (
-        f"plan {schedule.plan.name or 'of your own'}: {len(schedule.samples)} samples, batch {schedule.batch_size}, {total} steps, order"
-        f" {schedule.plan.order}, remainder {schedule.plan.remainder}"
+        f"plan {schedule.plan.name or 'of your own'}: {len(schedule.samples)} samples, batch {schedule.batch_size}, {total} steps{cut},"
+        f" order {schedule.plan.order}, remainder {schedule.plan.remainder}"
     )
     return "\n".join([heading, "", *_table([*rows, totals]), "", *_drawing(schedule, rates)]) + "\n"
 
@@ -60,7 +63,8 @@ def _drawing(schedule: Schedule, rates: Sequence[float] | None) -> list[str]:
     steps = [i * total // width for i in range(width)]
     points = [schedule.at(step) for step in steps]
     curves = {"temperature": [p.temperature for p in points], "kd_ratio": [p.kd_ratio for p in points]}
-    curves |= {name: [p.parameters[name] for p in points] for name in points[0].parameters}
+    names = dict.fromkeys(name for p in points for name in p.parameters)
+    curves |= {name: [p.parameters.get(name, 0.0) for p in points] for name in names}
     if rates is not None:
         curves["learning rate"] = [rates[step] for step in steps]
     label = max(map(len, [*curves, "samples"]))
@@ -71,10 +75,11 @@ def _drawing(schedule: Schedule, rates: Sequence[float] | None) -> list[str]:
 
 
 def _teachers(label: int, schedule: Schedule) -> list[str]:
-    names = [schedule.at(start).teacher or "none" for start in schedule.starts]
+    starts = [start for start in schedule.starts if start < schedule.total_steps]
+    names = [schedule.at(start).teacher or "none" for start in starts]
     if len(set(names)) < 2:
         return []
-    terms = ", ".join(f"{name} from step {start}" for name, start in zip(names, schedule.starts, strict=True))
+    terms = ", ".join(f"{name} from step {start}" for name, start in zip(names, starts, strict=True))
     return [f"{'teacher'.rjust(label)}  {terms}"]
 
 

@@ -216,7 +216,7 @@ def prompt_ids(tokenized: "Dataset") -> list[list[int]] | None:
     """
     prompts = []
     for row in tokenized:
-        first = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
+        first = next((i for i, label in enumerate(row["labels"]) if i and label != IGNORE), len(row["labels"]))
         prompts.append(row["input_ids"][:first])
     return prompts if any(len(prompt) > 1 for prompt in prompts) else None
 
@@ -305,7 +305,7 @@ def _losses(model: nn.Module, positions: list[int], batch: dict[str, torch.Tenso
         )
     tokens = (labels != IGNORE).sum(1)
     sums = parts.ce_per_token.double().sum(1)
-    return [SampleLoss(i, s / n, n) for i, s, n in zip(positions, sums.tolist(), tokens.tolist(), strict=True)]
+    return [SampleLoss(i, s / n if n else math.nan, n) for i, s, n in zip(positions, sums.tolist(), tokens.tolist(), strict=True)]
 
 
 @functools.cache

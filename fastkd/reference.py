@@ -96,32 +96,33 @@ def reference_linear_kd(
     statistic: Tensor | None = None,
 ) -> Tensor:
     """`fastkd.fused_linear_kd` written out. Same arguments, ``parameters`` apart; returns the loss, a 0-d tensor."""
-    student = final_logits(student_hidden, student_weight, student_bias, student_softcap, student_scale)
-    weight = student.new_ones(student.shape[:-1]) if token_weight is None else token_weight.to(student.dtype)
+    weight = student_hidden.new_ones(student_hidden.shape[:-1]) if token_weight is None else token_weight.to(student_hidden.dtype)
     if labels is not None:
         weight = weight.masked_fill(labels == ignore_index, 0.0)
     counted = weight > 0
+    # What does not count is left out before anything is computed of it: 0 times an infinite gradient is not 0.
+    student = final_logits(student_hidden[counted], student_weight, student_bias, student_softcap, student_scale)
     if not counted.any():
         return student.sum() * 0.0
     per_token = student.new_zeros(())
     if kd_ratio > 0:
         match teacher:
             case TeacherHidden(hidden, w, bias, softcap, scale):
-                given: Tensor | TeacherTopK = final_logits(hidden, w, bias, softcap, scale)
+                given: Tensor | TeacherTopK = final_logits(hidden[counted], w, bias, softcap, scale)
             case TeacherLogits(logits):
-                given = logits
-            case TeacherTopK():
-                given = teacher
+                given = logits[counted]
+            case TeacherTopK(ids, log_probs, at, tail):
+                given = TeacherTopK(ids[counted], log_probs[counted], at, None if tail is None else tail[counted])
             case None:
                 raise ValueError(f"teacher: kd_ratio = {kd_ratio:g} > 0 adds a divergence term, which needs a teacher, got None")
             case _:
                 raise TypeError(f"teacher: expected TeacherHidden, TeacherLogits, TeacherTopK or None, got {type(teacher).__name__}")
-        kd = divergence_per_token(student, given, divergence, parameters, temperature, statistic)
+        frozen = None if statistic is None else statistic[counted]
+        kd = divergence_per_token(student, given, divergence, parameters, temperature, frozen)
         per_token = per_token + kd_ratio * (temperature**2 if temperature_squared else 1.0) * kd
     if kd_ratio < 1:
         assert labels is not None
-        target = labels.masked_fill(~counted, 0)
-        ce = -torch.log_softmax(student, -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        ce = -torch.log_softmax(student, -1).gather(-1, labels[counted].unsqueeze(-1)).squeeze(-1)
         per_token = per_token + (1 - kd_ratio) * ce
-    total = (weight * per_token)[counted].sum()
+    total = (weight[counted] * per_token).sum()
     return total / (weight.sum() if normalizer is None else normalizer)

@@ -75,7 +75,7 @@ def write_report(folder: str | Path, title: str, facts: Mapping[str, Any]) -> Pa
     plan = folder / PLAN
     stages = json.loads(plan.read_text())["stages"] if plan.exists() else []
     train = [r for r in rows if "loss" in r]
-    evals = [r for r in rows if "eval_kl" in r]
+    evals = [r for r in rows if "eval_ce" in r]
     columns = ["step", *[k for k in ("eval_kl", "eval_ce", "eval_perplexity", "eval_agreement", "eval_loss") if any(k in r for r in evals)]]
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
@@ -111,7 +111,8 @@ def _stages(stages: list[dict]) -> str:
     if not stages:
         return ""
     hidden = ("name", "first_step", "restart_lr", "reset_optimizer")
-    columns = [key for key in stages[0] if key not in hidden and any(row.get(key) is not None for row in stages)]
+    names = list(dict.fromkeys(key for row in stages for key in row))
+    columns = [key for key in names if key not in hidden and any(row.get(key) is not None for row in stages)]
     rows = ([_ends(row.get(key)) for key in columns] for row in stages)
     return f"<h2>Stages</h2>\n{_table(columns, rows)}"
 

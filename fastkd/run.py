@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from . import checkpoints, difficulty
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows
-from .models import load_model, load_tokenizer
+from .files import flat
+from .models import check_tokenizers, load_model, load_tokenizer
 from .pacing import sample_table
-from .plan import Plan, Samples, Schedule, difference
+from .plan import Plan, PlanError, Samples, Schedule, difference
 from .preparation import tokenized
 from .presets import TRAINING
 from .preview import preview
 from .report import METRICS, PLAN, read_metrics, write_report
+from .store import StoreError
 from .teachers import TeacherSource
 from .trainer import KDConfig, KDTrainer, filled_plan
 
@@ -50,7 +53,7 @@ class _Run:
         args = self.args
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
         seed = args.seed if args.data_seed is None else args.data_seed
-        return self.plan.schedule(samples, batch_size=batch, seed=seed)
+        return self.plan.schedule(samples, batch_size=batch, seed=seed, max_steps=args.max_steps if args.max_steps > 0 else None)
 
     @property
     def scores_path(self) -> Path:
@@ -71,7 +74,15 @@ def _begin(config: RunConfig) -> _Run:
     with _blamed(config, "data"):
         train = tokenized(rows, tokenizer, args, "train")
         held_out = None if eval_rows is None else tokenized(eval_rows, tokenizer, args, "eval")
-    return _Run(config, args, plan, tokenizer, rows, train, held_out)
+    run = _Run(config, args, plan, tokenizer, rows, train, held_out)
+    with _blamed(config, "plan"):
+        run.schedule(_unscored(train))  # what does not fit is refused before anything is scored or loaded
+    return run
+
+
+def _unscored(rows: Dataset) -> Samples:
+    """The samples as if all were of one difficulty: the stages are the same, but for the tokens in each."""
+    return dataclasses.replace(sample_table(rows), scores=[0.0] * len(rows))
 
 
 def distill(config: RunConfig, *, resume: bool = False) -> Path:
@@ -102,28 +113,30 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
         if resume and start is None:
             logger.warning("no complete checkpoint in %s: starting from the beginning", output)
         if start is None and run.held_out is not None:
-            _say("before", trainer.evaluate())
+            _say("before", trainer)
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        evaluated = any(row["step"] == trainer.state.global_step and "eval_ce" in row for row in read_metrics(output))
-        if run.held_out is not None and not evaluated:
-            _say("after", trainer.evaluate())
+        evaluated = [trainer.is_world_process_zero() and _is_evaluated(output, trainer.state.global_step)]
+        if run.held_out is not None and not broadcast_object_list(evaluated)[0]:  # all processes, or none
+            _say("after", trainer)
         trainer.save_model()
         if trainer.is_world_process_zero():
             write_report(output, output.name, _facts(config, trainer))
     return output
 
 
+def _is_evaluated(output: Path, step: int) -> bool:
+    return any(row["step"] == step and "eval_ce" in row for row in read_metrics(output))
+
+
 def show_plan(config: RunConfig) -> str:
     """The stages as a table and a drawing. Reads the data and the tokenizer; loads no model."""
     run = _begin(config)
-    samples, note = sample_table(run.train), ""
+    samples, note = _unscored(run.train), ""
     if run.plan.needs_scores:
         if run.scores_path.exists():
             with _blamed(config, "difficulty"):
-                samples = sample_table(difficulty.attach(run.train, difficulty.read_scores(run.scores_path)))
+                samples = sample_table(difficulty.attach(run.train, difficulty.read_scores(run.scores_path)), scored=True)
         else:
-            # Any scores give the same stages, but for the tokens in each.
-            samples = dataclasses.replace(samples, scores=[0.0] * len(samples))
             note = f"The samples are not scored yet (`fastkd score {config.path}`): tokens are as if all were of one difficulty."
     with _blamed(config, "plan"):
         schedule = run.schedule(samples)
@@ -149,6 +162,7 @@ def _score(run: _Run, student: PreTrainedModel | None) -> Any:
     scorer: Any = student
     if spec.scorer is not None:
         with _blamed(config, "difficulty.scorer"):
+            check_tokenizers(run.tokenizer, load_tokenizer(spec.scorer.model, **_place(spec.scorer)), "scorer")
             scorer = _load(spec.scorer, None)
     if scorer is not None:
         scorer.to(run.args.device)
@@ -187,7 +201,8 @@ def fill_stores(config: RunConfig) -> dict[str, int]:
     if config.store is None:
         raise ConfigError(f"{config.path}: store: missing; write store: {{kind: hidden, path: ...}}")
     run = _begin(config)
-    run.plan = dataclasses.replace(run.plan, fractions=(1.0,), stages=tuple(dataclasses.replace(s, buckets=None) for s in run.plan.stages))
+    stages = tuple(dataclasses.replace(stage, buckets=None) for stage in run.plan.stages)
+    run.plan = dataclasses.replace(run.plan, fractions=(1.0,), stages=stages, order="sequential")  # no samples are easier than others
     with _blamed(config, "student"):
         student = _load(config.student, "float32")
     teachers = _trainer(run, student).teachers
@@ -208,8 +223,10 @@ def _trainer(run: _Run, student: PreTrainedModel) -> KDTrainer:
     return trainer
 
 
-def _say(when: str, found: dict[str, float]) -> None:
-    teacher = ""
+def _say(when: str, trainer: KDTrainer) -> None:
+    found, teacher = trainer.evaluate(), ""
+    if not trainer.is_world_process_zero():
+        return
     if "eval_kl" in found:
         teacher = f"KL to the teacher {found['eval_kl']:.3f} nats, same first choice {found['eval_agreement']:.1%}, "
     print(f"{when}, on {found['eval_tokens']} held-out tokens: {teacher}cross-entropy {found['eval_ce']:.3f} nats", flush=True)
@@ -223,6 +240,13 @@ def _blamed(config: RunConfig, key: str) -> Iterator[None]:
     except Exception as error:  # libraries raise all kinds for files and options that do not suit
         text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         teacher = re.match(r"teacher '([^']+)': ", text)
+        if isinstance(error, PlanError):
+            key = "plan"
+        elif isinstance(error, StoreError):
+            place = re.match(r"(store\.\w+): ", text)
+            key, text = (place[1], text[place.end() :]) if place else ("store", text)
+        elif text.startswith(("max_length", "input_ids")):
+            key = "data"
         if teacher:
             key, text = "teacher" if list(config.teachers) == ["teacher"] else f"teachers.{teacher[1]}", text[teacher.end() :]
         raise ConfigError(f"{config.path}: {key}: {text}") from error
@@ -258,13 +282,13 @@ def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
     if not any(output.glob("checkpoint-*")) and finished.exists():
         refuse("holds a student, but no checkpoint to resume from; choose another folder")
     if not plan.exists() and any(output.glob("checkpoint-*")):
-        refuse(f"holds checkpoints, but no {PLAN} that says with which settings they were made; choose another folder")
+        refuse(f"holds checkpoints, but no {PLAN} that says with which settings they were made; restore it, or choose another folder")
     if plan.exists():
         try:
             begun = json.loads(plan.read_text())["config"]
         except (ValueError, KeyError, TypeError) as error:
-            refuse(f"holds a {PLAN} that is damaged ({error}), so that the settings cannot be compared; choose another folder")
-        changed = difference(_bound(_flat(begun)), _bound(_flat(config.to_dict())))
+            refuse(f"holds a {PLAN} that is damaged ({error}): the settings cannot be compared; restore it, or choose another folder")
+        changed = difference(_bound(flat(begun, lists=True)), _bound(flat(config.to_dict(), lists=True)))
         if changed:
             refuse(f"holds another run: {changed}; to resume, use the same (to train on, begin another run with student: {output})")
 
@@ -280,17 +304,11 @@ def _bound(flat: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(flat.items()) if not key.startswith(_FREE)}
 
 
-def _flat(tree: Any, key: str = "") -> dict[str, Any]:
-    if isinstance(tree, list):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, dict):
-        return {key: tree}
-    return {name: value for k, v in tree.items() for name, value in _flat(v, f"{key}.{k}" if key else str(k)).items()}
-
-
 def _arguments(config: RunConfig) -> KDConfig:
     loss, data, store = config.loss, config.data, config.store
-    recipe = {} if config.plan is None else TRAINING.get(config.plan.name, {})
+    recipe = {} if config.plan is None else dict(TRAINING.get(config.plan.name, {}))
+    if "lr_scheduler_type" in config.training:
+        recipe.pop("lr_scheduler_kwargs", None)  # which are another scheduler's
     return KDConfig(
         output_dir=config.output_dir,
         seed=config.seed,
@@ -346,5 +364,5 @@ def _facts(config: RunConfig, trainer: KDTrainer) -> dict[str, Any]:
         **facts,
         "divergence": " ".join([loss.divergence, *(f"{k}={v:g}" for k, v in loss.parameters.items())]),
         "training rows": len(trainer.schedule.samples),
-        "steps": trainer.total_steps,
+        "steps": trainer.schedule.total_steps,
     }

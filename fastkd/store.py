@@ -9,16 +9,12 @@ written under a temporary name, flushed and renamed, so that it is there whole o
 first reads it.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import math
 import os
-import secrets
 import shutil
-import socket
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,7 +29,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import gemm
-from .data import IGNORE
+from .checkpoints import what_is_full
+from .data import IGNORE, counted_tokens
+from .files import first_difference, json_hash, remove_stale, write_whole
 from .hf import Head
 from .signals import TeacherTopK
 
@@ -51,7 +49,6 @@ _MANIFEST = "manifest.json"
 _BLOCK = 16  # canonical batches are sorted by length within this many batches
 _OPEN_FILES = 128
 _LOGITS_BYTES = 64 << 20  # of the fp32 logits held at a time while filling
-_RUN = secrets.token_hex(4)  # tells this process's temporary files from those of an earlier one with the same id
 
 
 class StoreError(ValueError):
@@ -65,7 +62,7 @@ class StoreSpec:
     Args:
         path: the folder of all stores; each teacher and split has a folder of its own in it.
         kind: "hidden", "topk" or "sampled".
-        max_gb: the most that all stores under ``path`` may take, in 10^9 bytes; None: what the disk has.
+        max_gb: the most that this run's stores may take together, in 10^9 bytes, whatever else is under ``path``; None: what the disk has.
         batch_size: rows of a canonical batch. Another one gives other last bits, so that a filled store does not take it.
         top_k: tokens kept per position (``topk``).
         samples: draws per position (``sampled``).
@@ -155,7 +152,7 @@ class Store:
         Args:
             spec: its ``path`` is not used here.
             expected: what the signals depend on, as values that JSON can hold, nested or not: the teacher, the tokenizer, the
-                template, ... Kind, canonical batches and data are added here.
+                template, ... Kind, canonical batches, data and what the collator makes of them are added here.
             dataset: rows of `fastkd.data.tokenize`. Columns that hold lists are the model's inputs and part of the manifest.
             collate: makes a batch of rows, as `fastkd.data.KDCollator` does.
             width, dtype: D and the dtype of the teacher's hidden states.
@@ -164,7 +161,8 @@ class Store:
             notes: goes into the manifest and is never compared.
 
         Raises:
-            StoreError: what is there was stored with other settings (the message names the first that differs), or cannot be read.
+            StoreError: what is there was stored with other settings (the message names the first that differs), or cannot be read. Where
+                nothing is stored yet, the settings are those of this call.
         """
         folder = Path(folder)
         if spec.kind == "hidden":
@@ -175,20 +173,24 @@ class Store:
             fields |= {"temperature": temperature, "student_vocabulary": vocabulary}
             fields |= {"top_k": spec.top_k} if spec.kind == "topk" else {"samples": spec.samples, "seed": spec.seed}
         fields["data"] = {"rows": store.rows, "tokens": store.tokens, "sha256": store._table.digest}
+        fields["collator"] = _batch_digest(store.batch(0))
         fields = json.loads(json.dumps(fields))
-        store._signature = _digest(fields)
+        store._signature = json_hash(fields)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{folder}: the store's folder cannot be made: {error}") from error
-        _remove_stale(folder)
+        remove_stale(folder)
+        numbers = [n for entry in os.scandir(folder) if (n := _batch_number(entry.name)) is not None]
         found = _read_manifest(folder / _MANIFEST)
-        if found is None:
+        different = None if found is None else first_difference(found, fields)
+        if different is not None and numbers:
+            raise StoreError(
+                f"{folder}: this store was filled with other settings: {different}; give another store.path, or delete this folder"
+            )
+        if found is None or different is not None:
             _write(folder / _MANIFEST, _manifest(fields, notes or {}))
-        else:
-            _compare(folder, found, fields)
-        numbers = (_batch_number(entry.name) for entry in os.scandir(folder))
-        store._there[[n for n in numbers if n is not None and n < len(store.batches)]] = True
+        store._there[[n for n in numbers if n < len(store.batches)]] = True
         return store
 
     # What is there, and what is not.
@@ -391,15 +393,15 @@ def write_head(path: Path, head: Head, teacher: Mapping[str, Any]) -> None:
     """Write a head's weight and bias beside the stores of ``teacher``, the manifest's description of it."""
     tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
-    facts = {"teacher": _digest(teacher), "softcap": head.softcap, "scale": head.scale}
+    remove_stale(path.parent)
+    facts = {"teacher": json_hash(teacher), "softcap": head.softcap, "scale": head.scale}
     _write(path, _pack({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, facts))
 
 
 def read_head(path: Path, teacher: Mapping[str, Any]) -> Head | None:
     """The head that `write_head` wrote for this very teacher, on the CPU; None where there is none that is sound."""
     try:
-        handle = _unpack(path, {"teacher": _digest(teacher)}, check=True)
+        handle = _unpack(path, {"teacher": json_hash(teacher)}, check=True)
     except FileNotFoundError:
         return None
     except _DamagedError as error:
@@ -481,18 +483,20 @@ def _table(dataset: "Dataset") -> _Table:
             hashes[column].update(flat.tobytes())
             if column == "input_ids":
                 lengths.append(sizes)
-            if column == "labels":
-                # The first label of a row predicts nothing; the position before a label is the one that counts.
-                mark = flat != IGNORE
-                starts = np.cumsum(sizes) - sizes
-                mark[starts[sizes > 0]] = False
-                total = np.concatenate([[0], np.cumsum(mark)])
-                counted.append(total[starts + sizes] - total[starts])
+        counted.append(counted_tokens(part["labels"]))
         for value in part[name].to_pylist():
             hashes[name].update(f"{value}\n".encode())
         index.append(part["sample_index"].to_numpy().astype(np.int64))
-    digest = _digest({column: h.hexdigest() for column, h in hashes.items()})
-    return _Table(np.concatenate(lengths), np.concatenate(counted).astype(np.int64), np.concatenate(index), digest)
+    digest = json_hash({column: h.hexdigest() for column, h in hashes.items()})
+    return _Table(np.concatenate(lengths), np.concatenate(counted), np.concatenate(index), digest)
+
+
+def _batch_digest(batch: Mapping[str, Tensor]) -> str:
+    """A hash of what a model is given of a batch, and of which positions count.
+
+    Padding is part of it: a model with experts rounds by which tokens meet in one.
+    """
+    return _checksum({name: t.contiguous() for name, t in batch.items() if name not in ("labels", "sample_index")}, {})
 
 
 def _canonical(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -508,14 +512,14 @@ def _canonical(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def _manifest(fields: Mapping[str, Any], notes: Mapping[str, Any]) -> bytes:
-    return (json.dumps({"fields": fields, "notes": dict(notes), "sha256": _digest(fields)}, indent=1) + "\n").encode()
+    return (json.dumps({"fields": fields, "notes": dict(notes), "sha256": json_hash(fields)}, indent=1) + "\n").encode()
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest's fields; None where there is none. A damaged one counts as none: each file says what it was written for."""
     try:
         content = json.loads(path.read_text())
-        if content["sha256"] == _digest(content["fields"]):
+        if content["sha256"] == json_hash(content["fields"]):
             return content["fields"]
         reason = "its checksum differs"
     except FileNotFoundError:
@@ -526,28 +530,6 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         reason = "it is not readable"
     logger.warning("%s: damaged (%s); it is written again, and files that do not fit it are computed again", path, reason)
     return None
-
-
-def _compare(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    old, new = _flat(found), _flat(expected)
-    for key in [*new, *(k for k in old if k not in new)]:
-        if old.get(key) != new.get(key) or (key in old) != (key in new):
-            was, now = (json.dumps(side[key]) if key in side else "nothing" for side in (old, new))
-            raise StoreError(
-                f"{folder}: this store was filled with other settings: {key} is {was} there and {now} here;"
-                " give another store.path, or delete this folder"
-            )
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # Files.
@@ -595,66 +577,14 @@ def _checksum(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary name, flushed to disk, renamed."""
-    temporary = path.with_name(f".{path.name}~{_host()}~{os.getpid()}~{_RUN}.tmp")
     try:
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                view = memoryview(content)
-                while view:
-                    view = view[os.write(descriptor, view) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _flush_folder(path.parent)
+        write_whole(path, content, tidy=False)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            reason = f"the disk is full, or a limit on files or quota reached ({error.strerror}), at a file of {_gb(len(content))}"
-            raise StoreError(f"{path}: {reason}; what is stored stays usable: make room and start again") from error
-        raise StoreError(f"{path}: cannot be written: {error}") from error
-
-
-def _flush_folder(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove temporary files that no process is writing any more."""
-    for path in folder.glob(".*.tmp"):
-        try:
-            _, host, process, run = path.name.removesuffix(".tmp").rsplit("~", 3)
-            gone = host == _host() and (run != _RUN if int(process) == os.getpid() else not _is_alive(int(process)))
-            # A file takes seconds to write; on another host its age is all that can be told.
-            if gone or time.time() - path.stat().st_mtime > 3600:
-                path.unlink(missing_ok=True)
-        except (ValueError, OSError):
-            continue
-
-
-def _host() -> str:
-    return quote(socket.gethostname(), safe="")
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        reason = what_is_full(error)
+        if reason is None:
+            raise StoreError(f"{path}: cannot be written: {error}") from error
+        size = _gb(len(content))
+        raise StoreError(f"{path}: {reason}, at a file of {size}; what is stored stays usable: make room and start again") from error
 
 
 def _batch_number(name: str) -> int | None:

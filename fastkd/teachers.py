@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .data import IGNORE, KDCollator
+from .files import json_hash, write_whole
 from .hf import Head, head_of, run_body
-from .models import check_tokenizers, load_model, load_tokenizer, model_files, outline
+from .models import check_tokenizers, config_hash, fingerprint, load_model, load_tokenizer, model_files, outline
 from .preparation import check_head, pad_id, place
 from .signals import Signal, TeacherHidden, TeacherTopK
 from .store import Store, StoreError, StoreSpec, check_room, folder_name, read_head, write_head
@@ -90,6 +91,11 @@ class _Teacher:
     @property
     def given(self) -> bool:
         return isinstance(self.source.model, nn.Module)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it takes room that it gives back when it is left."""
+        return self.body is not None and not self.parked and (self.source.park or not self.given)
 
 
 class Teachers:
@@ -278,7 +284,7 @@ class Teachers:
     def _stored(self, name: str, store: Store, labels: Tensor, index: Tensor | None) -> list[dict[str, Tensor]]:
         """What the store holds of the batch's rows that have a counted token; what is missing is filled first."""
         if index is None:
-            raise ValueError("index: a store needs the samples' sample_index, got None")
+            raise ValueError("data_collator: a store needs each batch's sample_index, as KDCollator gives it; the batch has none")
         table = torch.stack([index.to(labels.device), (labels != IGNORE).sum(1)]).tolist()
         samples, counts = [i for i, n in zip(*table, strict=True) if n], [n for n in table[1] if n]
         positions = store.positions(samples)
@@ -288,6 +294,7 @@ class Teachers:
         missing = store.missing(positions, verify=True)
         if missing:
             store.fill(missing, lambda batch: self._live(name, batch))
+        if missing or self._get(name).leaves:  # it may have been loaded for something else
             self._let_go(name)
         return store.read(positions)
 
@@ -331,7 +338,6 @@ class Teachers:
                 "tokenizer": _tokenizer_hash(self._tokenizer),
                 "template": _template_hash(self._tokenizer),
                 **facts,
-                "pad_token_id": pad,
             }
             source = teacher.source.model
             notes = {
@@ -356,7 +362,8 @@ class Teachers:
         together = {key: store for key, store in self.stores.items() if Path(store.spec.path) == Path(spec.path)}
         heads = {name: self._identity(name) for (name, _), store in together.items() if store.spec.kind == "hidden"}
         head_bytes = sum(i["head"][0] * i["head"][1] * getattr(torch, i["dtype"]).itemsize for i in heads.values())
-        check_room(list(together.values()), head_bytes, spec.max_gb)
+        if together:  # a run without a teacher has none
+            check_room(list(together.values()), head_bytes, spec.max_gb)
 
     def fill(self, name: str, split: str = "train", progress: bool = True) -> int:
         """Verify a store and compute all that is missing. It can be interrupted at any time and called again.
@@ -405,24 +412,24 @@ class Teachers:
         """What a teacher's signals depend on; without loading it."""
         teacher = self._get(name)
         if teacher.identity is None:
-            linear: Any = self.outline(name).get_output_embeddings()  # type: ignore[operator]
-            if linear is None:
-                raise StoreError(f"teacher {name!r}: {type(self.outline(name)).__name__} has no LM head; expected a causal language model")
-            source = teacher.source
-            options: dict[str, Any] = {}
-            if isinstance(source.model, nn.Module):
-                weights, config = _module_hash(source.model), source.model.config.to_dict()  # type: ignore[union-attr, operator]
-            else:
-                config_file, *files = model_files(source.model, **_without(source.options, "layers"))
-                weights, config = _files_hash(files), json.loads(config_file.read_text())
-                options = _without(source.options, *place(source.options), "device_map")
-            teacher.identity = {
-                "weights": weights,
-                "config": _json_hash({k: v for k, v in config.items() if k not in _UNCOMPARED}),
-                "options": json.loads(json.dumps(options, default=str)),
-                "dtype": str(linear.weight.dtype).removeprefix("torch."),
-                "head": list(linear.weight.shape),
-            }
+            drawn: Any = self.outline(name)
+            with _named(name):
+                linear = drawn.get_output_embeddings()
+                if linear is None:
+                    raise ValueError(f"{type(drawn).__name__} has no LM head; expected a causal language model")
+                source = teacher.source
+                options: dict[str, Any] = {}
+                if isinstance(source.model, nn.Module):
+                    hashes = fingerprint(source.model)
+                else:
+                    hashes = _files_fingerprint(model_files(source.model, **_without(source.options, "layers")))
+                    options = _without(source.options, *place(source.options), "device_map")
+                teacher.identity = {
+                    **hashes,
+                    "options": json.loads(json.dumps(options, default=str)),
+                    "dtype": str(linear.weight.dtype).removeprefix("torch."),
+                    "head": list(linear.weight.shape),
+                }
         return teacher.identity
 
     # Memory.
@@ -444,7 +451,7 @@ class Teachers:
     def _leave(self, name: str) -> None:
         teacher = self._get(name)
         teacher.head = None
-        if teacher.body is None or teacher.parked:
+        if teacher.body is None or not teacher.leaves:
             return
         device = _device_of(teacher.body)
         if teacher.source.park:
@@ -452,7 +459,7 @@ class Teachers:
                 if device.type != "cpu":
                     teacher.body.to("cpu")
                 teacher.parked = True
-        elif not teacher.given:
+        else:
             with self._measured("free", name, device):
                 teacher.body = None
 
@@ -517,10 +524,9 @@ def _named(name: str) -> Iterator[None]:
     """An error inside says which teacher it is about."""
     try:
         yield
-    except (TypeError, ValueError, FileNotFoundError) as error:
-        raise type(error)(f"teacher {name!r}: {error}") from error
-    except Exception as error:  # libraries raise all kinds for files that do not suit
-        raise ValueError(f"teacher {name!r}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # libraries raise all kinds for files that do not suit, and kinds that take more than a text
+        kind = next((kind for kind in (TypeError, ValueError, FileNotFoundError) if isinstance(error, kind)), None)
+        raise (kind or ValueError)(f"teacher {name!r}: {error if kind else f'{type(error).__name__}: {error}'}") from error
 
 
 @contextmanager
@@ -556,26 +562,17 @@ def _release_memory(device: torch.device) -> None:
 
 # Who a teacher is.
 
-# Entries of a config that do not change what the model computes, or are compared by themselves.
-_UNCOMPARED = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
 
-
-def _json_hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _module_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(value, Tensor):
-            continue
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def _files_hash(files: Iterable[Path]) -> str:
-    return _json_hash([(file.name, _file_hash(file)) for file in files])
+def _files_fingerprint(files: Iterable[Path]) -> dict[str, str]:
+    """As `fastkd.models.fingerprint`, of a model's files."""
+    configs = {"config.json": "config", "adapter_config.json": "adapter"}
+    weights, found = [], {}
+    for file in files:
+        if file.name in configs:
+            found[configs[file.name]] = config_hash(json.loads(file.read_text()))
+        else:
+            weights.append((file.name, _file_hash(file)))
+    return {"weights": json_hash(weights), **found}
 
 
 def _file_hash(file: Path) -> str:
@@ -584,7 +581,7 @@ def _file_hash(file: Path) -> str:
     if real.parent.name == "blobs" and len(real.name) == 64:
         return real.name
     stat = real.stat()
-    key = _json_hash([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    key = json_hash([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastkd" / "sha256" / key
     try:
         known = cache.read_text()
@@ -596,9 +593,7 @@ def _file_hash(file: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(f"{key}.{os.getpid()}")
-        temporary.write_text(digest)
-        temporary.replace(cache)
+        write_whole(cache, digest)
     except OSError as error:
         logger.info("%s: the checksum of %s is not remembered: %s", cache.parent, file.name, error)
     return digest
@@ -608,9 +603,9 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     if tokenizer is None:
         return None
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
-    return _json_hash([sorted(tokenizer.get_vocab().items()), special])
+    return json_hash([sorted(tokenizer.get_vocab().items()), special])
 
 
 def _template_hash(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     template = getattr(tokenizer, "chat_template", None)
-    return None if template is None else _json_hash(template)
+    return None if template is None else json_hash(template)

@@ -27,14 +27,15 @@ from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
 from .hf import Head, head_of, run_body
 from .models import load_tokenizer
-from .pacing import StageCallback, learning_rate_factor, plan_loader, sample_table
+from .pacing import DUMMY, StageCallback, learning_rate_factor, plan_loader, sample_table
 from .packing import suited_to
-from .plan import Plan, Point, Samples, Stage, difference, knob_ends
+from .plan import Plan, PlanError, Point, Samples, Stage, difference, knob_ends
 from .preparation import (
     check_apart,
     check_best_metric,
     check_fits,
     check_head,
+    check_signal,
     load_student,
     pad_id,
     place,
@@ -42,7 +43,7 @@ from .preparation import (
 )
 from .presets import kd, make_plan
 from .report import MetricsFile
-from .signals import Signal
+from .signals import Signal, TeacherTopK
 from .store import StoreSpec
 from .teachers import Teachers, TeacherSource
 
@@ -51,6 +52,12 @@ __all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError", "filled_plan"]
 _STATE = "kd_state.json"
 # Entries of a student's config that the weights do not depend on; some change when a model is used.
 _FREE_CONFIG = ("transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
+# Arguments on which the weights depend.
+_OBJECTIVE = (
+    "divergence", "temperature_squared", "logits_dtype", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16",
+    "neftune_noise_alpha",
+)  # fmt: skip
 _ORDERS = {"random": "shuffled", "sequential": "sequential", "group_by_length": "by_length"}
 
 logger = logging.getLogger(__name__)
@@ -96,8 +103,8 @@ class KDTrainer(Trainer):
             say; ``max_steps`` cuts it short. Default: one stage, ``num_train_epochs`` or ``max_steps`` long.
 
     Evaluation adds, per counted token at temperature 1: ``kl`` (forward KL to the teacher), ``ce``, ``perplexity``, ``agreement`` (share of
-    tokens where both models' most probable token is the same); ``loss`` is the training objective of the current step, without a router's
-    auxiliary loss. The teacher of the evaluation is the plan's last one, whatever the stage, so that its figures can be compared.
+    tokens where both models' most probable token is the same); ``loss`` is the training objective, without a router's auxiliary
+    loss. Teacher and objective are those with which the plan ends, whatever the stage, so that figures can be compared over the run.
     Every logging step and evaluation is also a row of ``output_dir/metrics.jsonl``; there ``tokens`` are those counted since the run began.
 
     Raises:
@@ -145,11 +152,16 @@ class KDTrainer(Trainer):
         sharded = bool(args.deepspeed or args.fsdp) or any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
         self.teachers = Teachers(sources, device=args.device, tokenizer=processing_class, verify=not sharded)
         first = _teacher_of(self.plan.stages[0])
-        if first is not None and args.store is None:
+        resumable = any(Path(str(args.output_dir)).glob("checkpoint-*"))  # in a later stage, perhaps
+        if first is not None and args.store is None and not resumable:
             self.teachers.model(first)  # what does not load is refused now, not when training begins
-        check_best_metric(args, eval_dataset, compute_metrics)
+        check_best_metric(args, eval_dataset, compute_metrics, teacher=bool(sources))
+        if optimizers[1] is not None and any(stage.restart_lr for stage in self.plan.stages[1:]):
+            raise ValueError(
+                "optimizers: the plan restarts the learning rate, which a scheduler of your own does not follow; expected None"
+            )
         if train_dataset is not None:
-            train_dataset = tokenized(train_dataset, processing_class, args, "train")
+            train_dataset = tokenized(train_dataset, processing_class, args, "train", scored=self.plan.needs_scores)
         if isinstance(eval_dataset, Mapping):
             eval_dataset = {name: tokenized(d, processing_class, args, name) for name, d in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -177,11 +189,13 @@ class KDTrainer(Trainer):
             self.schedule = filled_plan(None, args, list(sources)[-1:]).schedule(Samples(["none"], [1]), batch_size=1, seed=0)
         else:
             seed = args.seed if args.data_seed is None else args.data_seed
-            self.schedule = self.plan.schedule(sample_table(train_dataset), batch_size=batch, seed=seed)
-        self.total_steps = self.schedule.total_steps
-        if 0 < args.max_steps < self.total_steps:
-            logger.warning("max_steps=%d cuts the plan's %d steps short", args.max_steps, self.total_steps)
-            self.total_steps = args.max_steps
+            most = args.max_steps if args.max_steps > 0 else None
+            samples = sample_table(train_dataset, scored=self.plan.needs_scores)
+            self.schedule = self.plan.schedule(samples, batch_size=batch, seed=seed, max_steps=most)
+            if most is not None and most != self.schedule.planned_steps:
+                logger.warning("max_steps=%d, but the plan has %d steps: it ends at the lesser", most, self.schedule.planned_steps)
+            if len(self.schedule.segments) > 1:
+                learning_rate_factor(args, self.schedule)  # refused now, if it cannot be restarted
         for name in sources:
             for data in self._datasets().values():
                 check_fits(data, f"the teacher {name!r}", self.teachers.outline(name))
@@ -191,6 +205,7 @@ class KDTrainer(Trainer):
             if name not in used:
                 logger.warning("the plan does not use the teacher %r", name)
         self.eval_teacher = next(reversed(used or list(sources)), None)
+        self._objective = self.schedule.ending
         if args.store is not None:
             self._open_stores(StoreSpec(**args.store))
         self._metrics = MetricsFile(self._folder)
@@ -305,6 +320,8 @@ class KDTrainer(Trainer):
             return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _prepared(self, dataset: Any, name: str) -> Dataset:
+        if any(dataset is own for own in self._datasets().values()):
+            return dataset
         tokenizer: Any = self.processing_class
         dataset = tokenized(dataset, tokenizer, self.args, name)
         check_fits(dataset, "the student", self.model)
@@ -357,14 +374,16 @@ class KDTrainer(Trainer):
         batch = dict(inputs)
         labels = batch.pop("shift_labels")
         batch.pop("labels", None)
-        index, point = batch.pop("sample_index", None), self.schedule.at(self.state.global_step)
+        index, point = batch.pop("sample_index", None), self._objective
         signal = None
         if self.eval_teacher is not None:
             signal = self.teachers.signal(self.eval_teacher, batch, labels, index, split=split)
 
         def forward(student, batch):
             hidden, _ = run_body(student, **batch)
-            return token_metrics(hidden, head_of(student), signal, labels, self.args.divergence, point.parameters, point.temperature)
+            # A store of probabilities has one temperature, and no other stage distils at another.
+            temperature = signal.temperature if isinstance(signal, TeacherTopK) else point.temperature
+            return token_metrics(hidden, head_of(student), signal, labels, self.args.divergence, point.parameters, temperature)
 
         found = self._in_student(model, forward, batch)
         factor = point.temperature**2 if self.args.temperature_squared else 1.0
@@ -385,6 +404,11 @@ class KDTrainer(Trainer):
             logs.update({name: value for name, value in terms.items() if not math.isnan(value)})
             row |= {"stage": point.stage, "teacher": point.teacher, **terms, **point.parameters}
         super().log(logs, *args, **kwargs)
+        if "train_runtime" in logs:
+            # The Trainer's summary of this process's share of the run: of a resumed run, its mean loss is not the run's.
+            if self.state.global_step == self._first_step:
+                return
+            logs = {name: value for name, value in logs.items() if name != "train_loss"}
         if self.is_world_process_zero():
             row |= {("lr" if name == "learning_rate" else name): value for name, value in logs.items()}
             self._metrics.append(row)
@@ -438,8 +462,12 @@ class KDTrainer(Trainer):
         packed = {split: data for split, data in self._datasets().items() if "position_ids" in data.column_names}
         if not packed:
             return
-        models = (self.accelerator.unwrap_model(self.model), *map(self.teachers.model, self.teachers.names))
-        if "position_ids" in suited_to(next(iter(packed.values())), *models).column_names:
+        data = suited_to(next(iter(packed.values())), self.accelerator.unwrap_model(self.model))
+        for name in self.teachers.names:
+            if "position_ids" in data.column_names:
+                data = suited_to(data, self.teachers.model(name))
+                self.teachers.stage([])  # one at a time
+        if "position_ids" in data.column_names:
             return
         packed = {split: data.remove_columns("position_ids") for split, data in packed.items()}
         self.train_dataset = packed.get("train", self.train_dataset)
@@ -451,6 +479,9 @@ class KDTrainer(Trainer):
     def _open_stores(self, spec: StoreSpec) -> None:
         args, student = self.args, self.accelerator.unwrap_model(self.model)
         stages = self.schedule.plan.stages
+        for stage in stages:
+            if _teacher_of(stage) is not None:
+                check_signal(spec.kind, args.divergence, {name: knob_ends(knob) for name, knob in stage.parameters.items()})
         temperatures = {value for stage in stages if _teacher_of(stage) for value in knob_ends(stage.temperature)}
         for split, data in self._datasets().items():
             teachers = {_teacher_of(stage) for stage in stages} if split == "train" else {self.eval_teacher}
@@ -495,7 +526,7 @@ class KDTrainer(Trainer):
             if other is not None:
                 raise ValueError(f"output_dir: {other} is of an earlier run: resume from it, or choose another folder")
         self._sums, step = _Sums(), 0
-        self._facts = self._run_facts() if found is not None or self.args.save_strategy != "no" else {}
+        self._facts = self._run_facts()
         if found is not None:
             state = found / f"{self.args.process_index}-{_STATE}"
             if not state.exists():
@@ -505,7 +536,7 @@ class KDTrainer(Trainer):
             kept = json.loads(state.read_text())
             before, now = dict(kept["run"]), dict(self._facts)
             # Whether and on what a run is evaluated may change, but what has one name is to be one data set.
-            both = before["eval"].keys() & now["eval"].keys()
+            both = before.get("eval", {}).keys() & now["eval"].keys()
             for facts in (before, now):
                 facts["eval"] = {name: facts["eval"][name] for name in sorted(both)}
             changed = difference(before, now)
@@ -513,9 +544,10 @@ class KDTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint: {found} is of another run: {changed}")
             self._sums = _Sums(**kept["sums"])
             step = json.loads((found / "trainer_state.json").read_text())["global_step"]
+        self._first_step = step
         if self.is_world_process_zero():
             self._metrics.start(step, resumed=found is not None)
-        with _replaced(self.args, max_steps=self.total_steps, num_train_epochs=1):
+        with _replaced(self.args, max_steps=self.schedule.total_steps, num_train_epochs=1):
             return super().train(None if found is None else str(found), *args, **kwargs)
 
     def _run_facts(self) -> dict[str, Any]:
@@ -528,7 +560,9 @@ class KDTrainer(Trainer):
         teachers = [name for name in self.teachers.names if name in {_teacher_of(stage) for stage in self.plan.stages}]
         identities = {name: found for name in teachers if (found := self.teachers.identity(name)) is not None}
         held_out = {name: sample_table(data).content for name, data in self._datasets().items() if name != "train"}
-        facts = {**self.schedule.facts(), "student": config, "teachers": identities, "eval": held_out}
+        options = {name: getattr(self.args, name) for name in _OBJECTIVE}
+        store = None if self.args.store is None else asdict(replace(StoreSpec(**self.args.store), path="", max_gb=None))
+        facts = {**self.schedule.facts(), "training": options, "store": store, "student": config, "teachers": identities, "eval": held_out}
         return json.loads(json.dumps(facts, default=str))
 
     def _run_epoch(self, *args, **kwargs):
@@ -542,6 +576,7 @@ class KDTrainer(Trainer):
         return os.path.join(folder, self._staging) if self._staging else folder
 
     _staging = ""
+    _first_step = 0
 
     def _save_checkpoint(self, model, trial) -> None:
         run = Path(self._get_output_dir(trial))
@@ -584,6 +619,9 @@ def _with_shift_labels(collator: Callable, rows: list) -> dict[str, Tensor]:
         raise ValueError(f"data_collator: expected labels (not shifted) among what it returns, got {', '.join(batch)}")
     if "shift_labels" not in batch:
         batch["shift_labels"] = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    dummies = [i for i, row in enumerate(rows) if row.get("sample_index") == DUMMY]
+    for name in ("labels", "shift_labels"):  # a collator may make labels of its own
+        batch[name][dummies] = -100
     return batch
 
 
@@ -604,7 +642,8 @@ def _teacher_sources(teacher: Any, args: KDConfig) -> dict[str, TeacherSource]:
         if options and isinstance(source.model, nn.Module):
             raise ValueError("teacher_model_init_kwargs: the teacher is given as a module, which is loaded already")
         rest = dict(options)
-        dtype = source.dtype or rest.pop("dtype", None)
+        common = rest.pop("dtype", None)
+        dtype = source.dtype or common
         sources[str(name)] = replace(source, dtype=dtype, options={**rest, **source.options})
     return sources
 
@@ -628,7 +667,7 @@ def filled_plan(plan: Any, args: KDConfig, teachers: list[str]) -> Plan:
         )
     made = make_plan(kd() if plan is None else plan, teachers=len(teachers))
     only = len(made.stages) == 1
-    return made.filled(
+    filled = made.filled(
         teachers=teachers,
         epochs=args.num_train_epochs,
         steps=args.max_steps if only and args.max_steps > 0 else None,
@@ -636,7 +675,16 @@ def filled_plan(plan: Any, args: KDConfig, teachers: list[str]) -> Plan:
         kd_ratio=args.kd_ratio,
         parameters=args.divergence_parameters,
         order=_ORDERS[str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))],
+        remainder="drop" if args.dataloader_drop_last else "short",
     )
+    for i, stage in enumerate(filled.stages):
+        for name, knob in stage.parameters.items():
+            for value in knob_ends(knob):  # a domain is an interval, and a ramp stays between its ends
+                try:
+                    divergence(args.divergence, **{name: value})
+                except ValueError as error:
+                    raise PlanError(f"stages[{i}].parameters.{name}: {error}") from None
+    return filled
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ import matplotlib.backends.backend_svg  # noqa: F401  # for the report
 import torch
 from transformers import Trainer
 
-from fastkd import checkpoints, cli, difficulty, report, run, store, trainer
+from fastkd import checkpoints, cli, difficulty, files, report, run, store, trainer
 
 from .tiny import rows, tiny_llama, tiny_tokenizer
 
@@ -94,7 +94,7 @@ def _lasting(folder: Path) -> list[Path]:
 
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock gave, and without the last row of a training, which sums up one process."""
-    kept = [row for row in report.read_metrics(folder) if "train_loss" not in row]
+    kept = [row for row in report.read_metrics(folder) if "train_runtime" not in row]
     return [{name: value for name, value in row.items() if "runtime" not in name and "per_second" not in name} for row in kept]
 
 
@@ -120,11 +120,11 @@ class Progress:
         return bool(self._shared[1])
 
     @contextlib.contextmanager
-    def within(self, phase: str) -> Iterator[None]:
+    def within(self, phase: str, seconds: float) -> Iterator[None]:
         before = self._shared[0]
         if self.phase != "checkpoint":  # of which all parts are parts
             self._shared[0] = PHASES.index(phase)
-        time.sleep(0.03)
+        time.sleep(seconds)
         try:
             yield
         finally:
@@ -159,28 +159,27 @@ def instrument(progress: Progress) -> None:
 
     real_step = trainer.KDTrainer.training_step
     trainer.KDTrainer.training_step = step  # type: ignore[method-assign]
-    for owner, name, phase in (
-        (difficulty, "score", "scoring"),
-        (store.Store, "fill", "filling the store"),
-        (trainer.KDTrainer, "evaluation_loop", "evaluation"),
-        (trainer.KDTrainer, "_save_checkpoint", "checkpoint"),
-        (trainer.KDTrainer, "save_model", "end of the run"),
-        (run, "write_report", "end of the run"),
+    for owner, name, phase, seconds in (
+        (difficulty, "score", "scoring", 0),
+        (store.Store, "fill", "filling the store", 0),
+        (trainer.KDTrainer, "evaluation_loop", "evaluation", 0.1),
+        (trainer.KDTrainer, "_save_checkpoint", "checkpoint", 0),
+        (trainer.KDTrainer, "save_model", "end of the run", 0),
+        (run, "write_report", "end of the run", 0),
     ):
-        wrap(owner, name, lambda phase=phase: progress.within(phase))
+        wrap(owner, name, lambda phase=phase, seconds=seconds: progress.within(phase, seconds))
     for owner, name, seconds in (
         (difficulty._Partial, "add", 0.03),
         (Trainer, "save_model", 0.03),
         (Trainer, "_save_optimizer_and_scheduler", 0.03),
         (Trainer, "_save_rng_state", 0.03),
-        (checkpoints, "_flush", 0.01),
-        (run, "write_report", 0.03),
+        (checkpoints, "flush", 0.01),
     ):
         wrap(owner, name, lambda seconds=seconds: progress.slow(seconds))
 
     def write(descriptor: int, data: Any) -> int:
         with progress.slow(0.02):
-            return os.write(descriptor, data[:1000])  # a shard takes several
+            return os.write(descriptor, data[:1000])  # most files take several
 
     def rmtree(folder: Path, **options: Any) -> None:
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
@@ -188,7 +187,7 @@ def instrument(progress: Progress) -> None:
                 path.unlink()
         shutil.rmtree(folder, **options)
 
-    store.os = SimpleNamespace(**{**vars(os), "write": write})  # type: ignore[attr-defined]
+    files.os = SimpleNamespace(**{**vars(os), "write": write})  # type: ignore[attr-defined]
     checkpoints.shutil = SimpleNamespace(rmtree=rmtree)  # type: ignore[attr-defined]
 
 

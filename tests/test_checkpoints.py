@@ -123,7 +123,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, crash_at, order):
 
 def test_a_crash_while_saving_leaves_no_checkpoint(tmp_path, monkeypatch):
     first = run(tmp_path)
-    real, calls = checkpoints._flush, []
+    real, calls = checkpoints.flush, []
 
     def flush(path):
         calls.append(path)
@@ -131,7 +131,7 @@ def test_a_crash_while_saving_leaves_no_checkpoint(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(path)
 
-    monkeypatch.setattr(checkpoints, "_flush", flush)
+    monkeypatch.setattr(checkpoints, "flush", flush)
     with pytest.raises(KeyboardInterrupt):
         first.train()
     monkeypatch.undo()

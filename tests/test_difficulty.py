@@ -20,6 +20,7 @@ from fastkd import difficulty
 from fastkd.data import load_rows, tokenize
 from fastkd.difficulty import ScoreError, attach, compare, easy_to_hard, facts, format_comparison, read_scores, score
 from fastkd.generation import generate
+from fastkd.models import fingerprint
 from fastkd.quality import rouge_l, sample_losses
 
 from .stories import load_stories
@@ -126,6 +127,29 @@ def test_cheap_signals_need_no_model(raw, data, tokenizer):
 def test_steps_are_lines_before_the_answer(tokenizer, completion, steps):
     raw = Dataset.from_list([{"prompt": "a", "completion": completion}])
     assert scored(raw, tokenize(raw, tokenizer, max_length=None), signal="steps")["steps"].to_pylist() == [steps]
+
+
+def test_each_answer_of_a_conversation_has_its_own_end(tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+    turns = [("user", "a"), ("assistant", "one\ntwo\n#### 2"), ("user", "b"), ("assistant", "three\nfour\nfive\n#### 5")]
+    raw = Dataset.from_list([{"messages": [{"role": role, "content": content} for role, content in turns]}])
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant {% endif %}"
+    assert scored(raw, tokenize(raw, tokenizer, max_length=None), signal="steps")["steps"].to_pylist() == [5]
+
+
+def test_a_first_label_does_not_count(model, tokenizer):
+    """Nothing predicts it: not in the length, and the prompt does not end before it."""
+    ids = [[5, 6, 7, 8], [9, 10, 11]]
+    rows_ = {"input_ids": ids, "labels": [[5, -100, -100, 8], [9, -100, 11]], "sample_index": [0, 1], "sample_id": ["a", "b"]}
+    data = Dataset.from_dict(rows_)
+    table = scored(data, data, model, tokenizer, also=("length",)).to_pydict()
+    assert table["length"] == [1, 1]
+    expected = sorted(a for batch in generate(model, tokenizer, [[5, 6, 7], [9, 10]], max_new_tokens=8, batch_size=4) for a in batch)
+    assert table["rouge"] == [rouge_l(a.text, tokenizer.decode([i, j])) for a, (i, j) in zip(expected, ((5, 8), (9, 11)), strict=True)]
+    nothing = Dataset.from_dict({**rows_, "labels": [[5, -100, -100, -100], [9, -100, 11]]})
+    with pytest.raises(ScoreError, match="signal 'loss': not a finite number in a: nan"):
+        scored(nothing, nothing, model, tokenizer, signal="loss")
 
 
 def test_steps_of_conversations_and_text(tokenizer):
@@ -313,12 +337,13 @@ def test_a_matching_file_is_used_again(raw, data, model, tokenizer, tmp_path, mo
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
-        ({"signal": "loss"}, "signal is 'rouge_loss', this run's is 'loss'"),
+        ({"signal": "loss"}, 'signal is "rouge_loss" there and "loss" here'),
         ({"also": ()}, "signals is"),
-        ({"batch_size": 5}, "options.batch_size is 4, this run's is 5"),
-        ({"max_new_tokens": 9}, "options.max_new_tokens is 8, this run's is 9"),
+        ({"batch_size": 5}, "options.batch_size is 4 there and 5 here"),
+        ({"max_new_tokens": 9}, "options.max_new_tokens is 8 there and 9 here"),
         ({"temperature": 0.1}, "options."),
-        ({"model": "another"}, "scorer.weights is"),
+        ({"model": tiny_llama(37)}, "scorer.weights is"),
+        ({"model": tiny_llama(36, rope_parameters={"rope_type": "default", "rope_theta": 100.0})}, "scorer.config is"),
         ({"data": "completion"}, "data is"),
         ({"data": "id"}, "data is"),
         ({"data": "order"}, "data is"),
@@ -334,8 +359,7 @@ def test_a_file_made_from_something_else_is_refused(raw, data, model, tokenizer,
         raw = raw.select([1, 0, *range(2, len(raw))])
     elif edit is not None:
         raw = raw.map(lambda row, i: {edit: "cat" if i == 7 else row[edit]}, with_indices=True)
-    if changed.pop("model", None):
-        model = tiny_llama(37)
+    model = changed.pop("model", model)
     with pytest.raises(ScoreError, match=field) as error:
         scored(raw, tokenize(raw, tokenizer, max_length=32), model, tokenizer, path=path, **changed)
     assert str(path) in str(error.value)
@@ -345,12 +369,12 @@ def test_a_file_made_from_something_else_is_refused(raw, data, model, tokenizer,
 
 def test_one_weight_makes_another_scorer(model):
     other = tiny_llama(36)
-    before = difficulty._weights_hash(other)
-    assert before == difficulty._weights_hash(model)
+    before = fingerprint(other)
+    assert before == fingerprint(model)
     with torch.no_grad():
         other.model.norm.weight[3] += 1e-6
-    assert difficulty._weights_hash(other) != before
-    assert difficulty._weights_hash(tiny_llama(36).bfloat16()) != before
+    assert fingerprint(other)["weights"] != before["weights"]
+    assert fingerprint(tiny_llama(36).bfloat16())["weights"] != before["weights"]
 
 
 # Interrupted and resumed.
@@ -428,7 +452,9 @@ def test_partial_results_of_something_else_are_refused(raw, data, model, tokeniz
             scored(raw, data, model, tokenizer, path=path)
     beside = tmp_path / "a.parquet.partial.jsonl"
     content = beside.read_bytes()
-    with pytest.raises(ScoreError, match=r"a.parquet.partial.jsonl: its options.max_new_tokens is 8, this run's is 7"):
+    with pytest.raises(
+        ScoreError, match=r"a.parquet.partial.jsonl: made with other settings: options.max_new_tokens is 8 there and 7 here"
+    ):
         scored(raw, data, model, tokenizer, path=path, max_new_tokens=7)
     assert beside.read_bytes() == content
 

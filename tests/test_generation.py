@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from fastkd.generation import generate, position_limit
+from fastkd.generation import generate
+from fastkd.preparation import position_limit
 
 from .tiny import tiny_llama, tiny_tokenizer
 
@@ -149,7 +151,21 @@ def test_an_adapted_model_generates_with_its_adapter(model, tokenizer):
     assert flat(generate(adapted.merge_and_unload(), tokenizer, PROMPTS, max_new_tokens=6)) == changed
 
 
-def test_an_answer_ends_at_the_last_position(model, tokenizer):
+def test_rotary_positions_do_not_end(model, tokenizer):
+    """As in training, `check_fits` lets a row of any length pass."""
+    assert model.config.max_position_embeddings == 64
+    assert position_limit(model) is None
+    prompt = [5 + i % 20 for i in range(70)]
+    expected = one_by_one(model.eval(), prompt, 6)
+    (answer,) = flat(generate(model, tokenizer, [prompt], max_new_tokens=6))
+    assert answer.tokens == len(expected)
+    assert answer.text == tokenizer.decode([i for i in expected if i > 3], skip_special_tokens=True)
+
+
+def test_an_answer_ends_at_the_last_learned_position(tokenizer):
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    ).eval()
     assert position_limit(model) == 64
     answers = flat(generate(model, tokenizer, [[5] * 61, [5]], max_new_tokens=50, batch_size=1))
     assert answers[0].tokens <= 3

@@ -1,5 +1,6 @@
 """The fused loss in torch against the float64 oracle, and the contract's promises."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from fastkd import DIVERGENCES, FusedLinearKDLoss, TeacherHidden, TeacherLogits, divergence, fused_linear_kd, gemm, kd_loss
+from fastkd import DIVERGENCES, FusedLinearKDLoss, TeacherHidden, TeacherLogits, TeacherTopK, divergence, fused_linear_kd, gemm, kd_loss
 from fastkd_kernels import rows_torch
 
 from .divergence_cases import ALL, DEFAULTS
@@ -125,8 +126,9 @@ def test_teacher_logits_of_minus_infinity(name, parameters):
     assert bool(result.loss.isinf()) == (infinite.get(name, False) or at_limit)
 
 
-def test_infinite_divergence_of_a_masked_token_does_not_count():
-    problem = make("reverse_kl", kind="logits")
+@pytest.mark.parametrize("kd_ratio", [1.0, 0.4])
+def test_infinite_divergence_of_a_masked_token_does_not_count(kd_ratio):
+    problem = make("reverse_kl", kind="logits", kd_ratio=kd_ratio)
     problem.labels[:3] = -100
     problem.labels[3:] = 1
     problem.teacher.logits[:3, 0] = -torch.inf
@@ -135,6 +137,18 @@ def test_infinite_divergence_of_a_masked_token_does_not_count():
     assert result.loss.isfinite()
     assert all(g.isfinite().all() for g in result.gradients.values())
     assert (result.gradients["hidden"][:3] == 0).all()
+    assert_close(result, oracle(problem))
+
+
+def test_the_oracle_leaves_out_what_is_masked_from_topk():
+    problem = make("reverse_kl", kind="logits")
+    topk = TeacherTopK.from_logits(problem.teacher.logits, 5)
+    problem = replace(problem, teacher=topk)
+    problem.labels[:3], problem.labels[3:] = -100, 1
+    truth = oracle(problem)
+    topk.log_probs[:3, 0], topk.log_tail[:3] = 0.0, -torch.inf  # no probability for the rest, where the student has some
+    for result in (fused(problem), oracle(problem)):
+        assert_close(result, truth)
 
 
 # What counts.

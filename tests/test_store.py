@@ -18,9 +18,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from fastkd import files as files_module
 from fastkd import store as store_module
 from fastkd.data import KDCollator
 from fastkd.hf import Head, head_of, run_body
+from fastkd.pacing import sample_table
 from fastkd.store import Store, StoreError, StoreSpec, check_room, folder_name, read_head, write_head
 
 from .tiny import VOCABULARY, tiny_llama
@@ -58,18 +60,25 @@ def computes(model):
     return compute, calls
 
 
-def opened(folder, data=None, expected=None, temperature=1.0, vocabulary=None, width=WIDTH, pad=0, **spec) -> Store:
+def opened(folder, data=None, expected=None, temperature=1.0, vocabulary=None, width=WIDTH, collate=None, **spec) -> Store:
     return Store.open(
         folder,
         StoreSpec(folder.parent, **{"batch_size": 4, **spec}),
         {"teacher": {"weights": "w", "dtype": "float32"}, "tokenizer": "t", "max_length": 64} if expected is None else expected,
         ragged(30) if data is None else data,
-        KDCollator(pad),
+        collate or KDCollator(0),
         width=width,
         dtype=torch.float32,
         temperature=temperature,
         vocabulary=vocabulary,
     )
+
+
+def begun(folder, *args, **kwargs) -> Store:
+    """A store of which one file is there, so that its settings hold."""
+    store = opened(folder, *args, **kwargs)
+    store._file(0).touch()
+    return store
 
 
 def live(store: Store, model) -> dict[int, torch.Tensor]:
@@ -155,6 +164,19 @@ class TestBits:
         assert store.tokens == sum(label != -100 for labels in data["labels"] for label in labels[1:])
         assert store.counted([5, 2]) == [sum(label != -100 for label in data[row]["labels"][1:]) for row in (5, 2)]
 
+    def test_a_first_label_does_not_count(self, tmp_path):
+        """Nothing predicts a row's first token: the store, the plan's table and the training see the same tokens."""
+        data = ragged(5)
+        labels = [[ids[0], *row[1:]] for ids, row in zip(data["input_ids"], data["labels"], strict=True)]
+        marked = data.remove_columns("labels").add_column("labels", labels)
+        expected = [sum(label != -100 for label in row[1:]) for row in labels]
+        store = opened(tmp_path / "s", marked)
+        assert store.counted(range(5)) == expected
+        assert sample_table(marked).counted == expected
+        assert (KDCollator(0)(list(marked))["shift_labels"] != -100).sum(1).tolist() == expected
+        store.fill(store.missing(), computes(wide_llama())[0])
+        assert [len(row["hidden"]) for row in store.read(range(5))] == expected
+
     def test_samples_are_found_by_their_index(self, tmp_path):
         store = opened(tmp_path / "s", ragged(30).select([7, 3, 20]))
         assert store.positions([61, 10, 22]).tolist() == [2, 1, 0]
@@ -215,17 +237,23 @@ class TestManifest:
             ("sampled", {"samples": 3}, "samples is 50 there and 3 here"),
             ("sampled", {"seed": 3}, "seed is 0 there and 3 here"),
             ("hidden", {"data": ragged(29)}, "data.rows is 30 there and 29 here"),
+            (
+                "hidden",
+                {"collate": lambda rows: KDCollator(0)([{**row, "input_ids": [5, *row["input_ids"][1:]]} for row in rows])},
+                "collator",
+            ),
+            ("hidden", {"collate": KDCollator(0, pad_to_multiple_of=8)}, "collator"),
         ],
     )
     def test_other_settings_are_refused_with_the_field(self, tmp_path, kind, changes, message):
-        opened(tmp_path / "s", **{"expected": EXPECTED, "kind": kind})
+        begun(tmp_path / "s", **{"expected": EXPECTED, "kind": kind})
         with pytest.raises(StoreError, match=f"{tmp_path}/s: this store was filled with other settings: {message}.* or delete this folder"):
             opened(tmp_path / "s", **{"expected": EXPECTED, "kind": kind, **changes})
         opened(tmp_path / "s", **{"expected": EXPECTED, "kind": kind})
 
     def test_every_edit_of_the_data_is_seen(self, tmp_path):
         data = ragged(30)
-        opened(tmp_path / "s", data)
+        begun(tmp_path / "s", data)
 
         def edited(column, change):
             values = data[column][:]
@@ -276,6 +304,20 @@ class TestManifest:
         other = opened(tmp_path / "s", temperature=2.0, expected={"tokenizer": "another"})
         assert other.missing(verify=True) == list(range(8))
         assert "written for another store" in caplog.text
+
+    def test_settings_of_an_empty_store_do_not_hold(self, tmp_path):
+        """A store that was refused for want of room, say, and is opened with those settings that the message advised."""
+        opened(tmp_path / "s", kind="hidden")
+        opened(tmp_path / "s", kind="topk")
+        assert json.loads((tmp_path / "s" / "manifest.json").read_text())["fields"]["kind"] == "topk"
+        begun(tmp_path / "s", kind="topk")
+        with pytest.raises(StoreError, match='kind is "topk" there and "hidden" here'):
+            opened(tmp_path / "s", kind="hidden")
+
+    def test_where_a_row_stands_does_not_matter(self, tmp_path):
+        begun(tmp_path / "s", ragged(6))
+        moved = ragged(6).remove_columns("sample_index").add_column("sample_index", list(range(6)))
+        opened(tmp_path / "s", moved)  # the samples are known by their ids
 
     def test_notes_are_kept_and_not_compared(self, tmp_path):
         for version in "ab":
@@ -374,7 +416,7 @@ class TestDamage:
             return real(descriptor, data[:1000])
 
         real = os.write
-        monkeypatch.setattr(store_module.os, "write", write)
+        monkeypatch.setattr(files_module.os, "write", write)
         with pytest.raises(StoreError, match="cannot be written" if code == errno.EIO else "the disk is full"):
             store.fill([0], compute)
         monkeypatch.undo()
@@ -395,7 +437,7 @@ class TestDamage:
         code = (
             "import os, time; from pathlib import Path; from tests.test_store import *; real = os.write\n"
             "def slowly(d, data):\n    time.sleep(0.002); return real(d, data[:20000])\n"
-            "store_module.os.write = slowly\n"
+            "files_module.os.write = slowly\n"
             f"store = opened(Path({str(tmp_path / 'torn')!r})); store.fill(store.missing(), computes(wide_llama())[0])\n"
         )
         folder, kills = tmp_path / "torn", 0
@@ -422,7 +464,7 @@ class TestDamage:
 
     def test_temporary_files_of_others_are_left_to_them(self, tmp_path):
         folder = opened(tmp_path / "s").folder
-        host, old = store_module._host(), time.time() - 4000
+        host, old = files_module._host(), time.time() - 4000
         alive = folder / f".batch-0000000.safetensors~{host}~{os.getppid()}~0000.tmp"
         elsewhere = folder / f".batch-0000000.safetensors~other-host~{os.getpid()}~0000.tmp"
         namesake = folder / f".batch-0000000.safetensors~{host}~{os.getpid()}~0000.tmp"

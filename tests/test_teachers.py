@@ -7,9 +7,12 @@ import math
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fastkd import fused_linear_kd, teachers
 from fastkd.data import KDCollator, tokenize
 from fastkd.hf import head_of, run_body
-from fastkd.models import load_model, model_files, outline
+from fastkd.models import fingerprint, load_model, model_files, outline
 from fastkd.packing import pack
 from fastkd.signals import TeacherHidden, TeacherTopK
 from fastkd.store import StoreError, StoreSpec
@@ -30,6 +33,7 @@ from fastkd.teachers import Teachers, TeacherSource
 from .test_store import contents, ragged
 from .tiny import VOCABULARY, WORDS, rows, tiny_llama, tiny_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 FACTS = {"max_length": 64, "completion_only_loss": None}
 
 
@@ -193,6 +197,25 @@ class TestErrors:
         for call in (found.model, found.head, lambda name: found.stage([name]), lambda name: found.stage([], ahead=name)):
             with pytest.raises(ValueError, match="teacher: expected one of weak, strong, got 'medium'"):
                 call("medium")
+
+    def test_errors_of_any_kind_name_the_teacher(self, folders, monkeypatch):
+        """Those of broken files take more than a text to make."""
+        for broken in (json.JSONDecodeError("no JSON", "{", 0), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text"), KeyError("shape")):
+
+            def fail(*args, error=broken, **kwargs):
+                raise error
+
+            monkeypatch.setattr(teachers, "load_model", fail)
+            with pytest.raises(ValueError, match="teacher 'strong': .*(no JSON|no text|KeyError: 'shape')") as caught:
+                made(folders).model("strong")
+            assert type(caught.value) is ValueError
+
+    def test_a_teacher_whose_files_went_is_named(self, folders, tmp_path):
+        found = made(folders)
+        found.outline("strong")
+        os.remove(model_files(folders["strong"])[1])
+        with pytest.raises(FileNotFoundError, match="^teacher 'strong': no model.safetensors"):
+            found.use_store(StoreSpec(tmp_path / "store"), "train", ragged(4), facts=FACTS)
 
     def test_a_model_that_cannot_be_split_is_named(self):
         model = tiny_llama(0)
@@ -362,6 +385,17 @@ class TestStored:
         found.signal("t", *batch_of(data, [40]))
         assert found.loaded == {"t": "body"}
 
+    @pytest.mark.parametrize("park", [False, True])
+    def test_a_body_that_was_loaded_for_something_else_goes_too(self, folders, tmp_path, park):
+        data = ragged(8)
+        found = made({"t": TeacherSource(folders["weak"], park=park)})
+        found.use_store(StoreSpec(tmp_path / "store", batch_size=4), "train", data, facts=FACTS)
+        found.fill("t", progress=False)
+        found.model("t")
+        assert found.loaded == {"t": "body"}
+        found.signal("t", *batch_of(data, [1, 2]))
+        assert found.loaded == {"t": "parked" if park else "head"}
+
     def test_another_split_that_is_not_full_keeps_the_body(self, folders, tmp_path):
         found = made({"t": folders["weak"]})
         spec = StoreSpec(tmp_path / "store", batch_size=4)
@@ -437,7 +471,7 @@ class TestStored:
         found = made({"t": folders["weak"]})
         found.use_store(StoreSpec(tmp_path / "store", batch_size=4), "train", data, facts=FACTS)
         batch, labels, index = batch_of(data, [2, 4])
-        with pytest.raises(ValueError, match="index: a store needs the samples' sample_index, got None"):
+        with pytest.raises(ValueError, match="data_collator: a store needs each batch's sample_index"):
             found.signal("t", batch, labels)
         counts = (labels != -100).sum(1).tolist()
         labels[1, labels[1].ne(-100).nonzero()[0]] = -100
@@ -461,6 +495,7 @@ class TestIdentity:
         arguments = {"facts": FACTS, **changes}
         tokenizer = arguments.pop("tokenizer", tiny_tokenizer())
         found = Teachers({"t": source}, device="cpu", tokenizer=tokenizer)
+        (tmp_path / "store" / "t" / "train" / "batch-0000000.safetensors").touch()  # else its settings do not hold
         with pytest.raises(StoreError, match=f"this store was filled with other settings: {field} is"):
             found.use_store(StoreSpec(tmp_path / "store"), "train", ragged(4), **arguments)
 
@@ -506,6 +541,39 @@ class TestIdentity:
         self.refused(model, tmp_path, "teacher.weights")
         self.refused(tiny_llama(3).to(torch.bfloat16), tmp_path, "teacher.weights")
 
+    def test_another_collator_is_refused(self, folders, tmp_path):
+        """Even if as many tokens count, and under the same labels."""
+
+        def rewriting(rows):
+            batch = KDCollator(0)(rows)
+            batch["input_ids"][:, 0] = 7
+            return batch
+
+        data = ragged(8)
+        found = made(folders)
+        found.use_store(StoreSpec(tmp_path / "store"), "train", data, facts=FACTS)
+        found.fill("weak", progress=False)
+        made(folders).use_store(StoreSpec(tmp_path / "store"), "train", data, facts=FACTS, collate=KDCollator(0))
+        with pytest.raises(StoreError, match="/weak/train: this store was filled with other settings: collator is "):
+            made(folders).use_store(StoreSpec(tmp_path / "store"), "train", data, facts=FACTS, collate=rewriting)
+
+    def test_a_run_without_teachers_has_no_stores(self, folders, tmp_path):
+        found = made({})
+        found.use_store(StoreSpec(tmp_path / "store", max_gb=1e-9), "train", ragged(4), facts=FACTS)
+        found = made(folders)
+        found.use_store(StoreSpec(tmp_path / "store", max_gb=1e-9), "train", ragged(4), facts=FACTS, names=[])
+        assert found.stores == {}
+
+    def test_what_was_refused_for_want_of_room_may_be_something_else(self, folders, tmp_path):
+        """The advice of the message can be followed."""
+        data = ragged(12)
+        with pytest.raises(StoreError, match="or kind topk with top_k up to") as caught:
+            made(folders).use_store(StoreSpec(tmp_path / "store", max_gb=3e-4), "train", data, facts=FACTS)
+        entries = int(str(caught.value).rpartition(" ")[2])
+        found = made(folders)
+        found.use_store(StoreSpec(tmp_path / "store", kind="topk", top_k=entries, max_gb=3e-4), "train", data, facts=FACTS)
+        assert found.fill("weak", progress=False) == 1
+
     def test_hashes_are_remembered_until_a_file_changes(self, folders, monkeypatch, tmp_path):
         file = model_files(folders["weak"])[1]
         first = teachers._file_hash(file)
@@ -547,6 +615,127 @@ class TestIdentity:
         found.use_store(StoreSpec(tmp_path), "eval", ragged(4), facts=FACTS, temperatures=[])
         with pytest.raises(StoreError, match="none is open for teacher 'weak' and split 'test'"):
             found.fill("weak", "test")
+
+
+def adapted(model, seed=0, alpha=8.0):
+    """A model with a LoRA adapter that does something."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(seed)
+    return peft.get_peft_model(model, lora).eval()
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+class TestAdapters:
+    """A teacher is its weights and what PEFT puts on them."""
+
+    @pytest.fixture(params=["alone", "beside"])
+    def folder(self, request, tmp_path):
+        """An adapter in a folder of its own, or beside its model."""
+        base = tmp_path / "base"
+        tiny_llama(0).save_pretrained(base)
+        folder = base if request.param == "beside" else tmp_path / "adapter"
+        adapted(load_model(base)).save_pretrained(folder)
+        edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    def test_its_files_and_its_base_are_read(self, folder, tmp_path):
+        names = [str(path.relative_to(tmp_path)) for path in model_files(folder)]
+        own = [f"{folder.name}/adapter_config.json", f"{folder.name}/adapter_model.safetensors"]
+        assert names == ["base/config.json", "base/model.safetensors", *own]
+        drawn, real = outline(folder), load_model(folder)
+        assert drawn.lm_head.weight.shape == real.lm_head.weight.shape
+        assert drawn.dtype == real.dtype
+        assert outline(folder, dtype="bfloat16").dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("change", ["adapter", "alpha", "base"])
+    def test_a_change_of_any_is_another_teacher(self, folder, tmp_path, change):
+        data, spec = ragged(4), StoreSpec(tmp_path / "store")
+        first = made({"t": folder})
+        first.use_store(spec, "train", data, facts=FACTS)
+        first.fill("t", progress=False)
+        batch, labels, index = batch_of(data, range(4))
+        stored = first.signal("t", batch, labels, index).hidden[labels != -100]
+        again = made({"t": folder})
+        again.use_store(spec, "train", data, facts=FACTS)
+        assert torch.equal(again.signal("t", batch, labels, split="live").hidden[labels != -100], stored)
+
+        if change == "alpha":
+            edit(folder / "adapter_config.json", lora_alpha=2.0)
+        elif change == "adapter":
+            adapted(tiny_llama(0), seed=1).save_pretrained(tmp_path / "other")
+            shutil.copy(tmp_path / "other" / "adapter_model.safetensors", folder)
+        else:
+            tiny_llama(1).save_pretrained(tmp_path / "base")
+        other = made({"t": folder})
+        assert not torch.equal(other.signal("t", batch, labels).hidden[labels != -100], stored)
+        field = "teacher.adapter" if change == "alpha" else "teacher.weights"
+        with pytest.raises(StoreError, match=f"other settings: {field} is"):
+            other.use_store(spec, "train", data, facts=FACTS)
+
+    def test_a_missing_base_or_package_is_one_line(self, folder, tmp_path, monkeypatch):
+        if folder.name == "base":
+            pytest.skip("has its base beside it")
+        for value, message in ((str(tmp_path / "gone"), "no model .*gone'"), (None, "base_model_name_or_path: expected a model's name")):
+            edit(folder / "adapter_config.json", base_model_name_or_path=value)
+            for call in (outline, load_model):
+                with pytest.raises((FileNotFoundError, ValueError), match=message):
+                    call(folder)
+        with pytest.raises(ValueError, match="base_model_name_or_path: expected a model's name or path, got None"):
+            model_files(folder)
+        edit(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
+        with pytest.raises(FileNotFoundError, match=r"no config\.json in '.*gone', the base model of the adapter in '.*adapter'"):
+            model_files(folder)
+        (folder / "adapter_config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"adapter_config\.json: expected JSON with the key base_model_name_or_path"):
+            model_files(folder)
+        monkeypatch.setattr("fastkd.models.is_peft_available", lambda: False)
+        for call in (outline, load_model, model_files):
+            with pytest.raises(ValueError, match="holds an adapter, which needs the package peft") as caught:
+                call(folder)
+            assert "\n" not in str(caught.value)
+
+    def test_a_module_is_its_adapters_too(self):
+        def identity(change=lambda model: None, **options):
+            model = adapted(tiny_llama(0), **options)
+            change(model)
+            return fingerprint(model)
+
+        first = identity()
+        assert identity() == first
+        assert set(first) == {"weights", "config", "adapter"}
+        assert identity(seed=1)["weights"] != first["weights"]
+        for other in (
+            identity(alpha=2.0),  # neither in the state nor in the model's config
+            identity(lambda model: model.base_model.disable_adapter_layers()),
+            identity(lambda model: [layer.set_scale("default", 0.1) for layer in model.modules() if hasattr(layer, "set_scale")]),
+        ):
+            assert {key for key in first if other[key] != first[key]} == {"adapter"}
+        two = [adapted(tiny_llama(0)) for _ in range(2)]
+        for model in two:
+            torch.manual_seed(5)
+            model.add_adapter("second", model.peft_config["default"])
+        assert fingerprint(two[0]) == fingerprint(two[1])
+        two[1].set_adapter("second")
+        assert fingerprint(two[0])["adapter"] != fingerprint(two[1])["adapter"]
+        assert "adapter" not in fingerprint(tiny_llama(0))
+
+    def test_a_fingerprint_is_the_same_in_every_process(self, tmp_path):
+        """PEFT's configs hold sets, whose order differs from process to process."""
+        code = (
+            "import torch; from tests.test_teachers import adapted; from tests.tiny import tiny_llama; "
+            "from fastkd.models import fingerprint; print(fingerprint(adapted(tiny_llama(0))))"
+        )
+        found = set()
+        for seed in "01":
+            environment = {**os.environ, "PYTHONHASHSEED": seed}
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+            found.add(done.stdout.splitlines()[-1])
+        assert len(found) == 1
 
 
 class TestFiles:
