@@ -180,6 +180,49 @@ def test_the_recipe_of_a_preset_holds_where_the_file_is_silent(place, capsys):
     assert "0.003 .. 0.003" in capsys.readouterr().out
 
 
+def test_a_recipe_gives_way_to_another_scheduler(place, capsys):
+    options = [
+        "plan={preset: pocl, epochs: 1}",
+        "loss={}",
+        "difficulty={signal: length}",
+        "training={use_cpu: true, lr_scheduler_type: linear}",
+    ]
+    assert main(["plan", "run.yaml", *options]) == 0
+    assert "1e-04 .. 1e-04" in capsys.readouterr().out.replace("0.0001", "1e-04")
+
+
+def test_cache_needs_no_scores(place, capsys):
+    assert main(["cache", "run.yaml", "store={path: cache}", "plan={preset: pocl, order: sorted}", "loss={}"]) == 0
+    assert "store teacher, train: complete" in capsys.readouterr().out
+
+
+def test_a_plan_with_a_parameter_in_one_stage_is_shown(place, capsys):
+    stages = "plan={stages: [{steps: 2}, {steps: 2, parameters: {beta: {from: 0.1, to: 0.9}}}]}"
+    assert main(["plan", "run.yaml", stages, "training.max_steps=3", "loss={divergence: jsd}"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 steps (max_steps cuts 4 short)" in shown
+    assert "beta" in shown
+
+
+def test_the_report_of_a_run_without_a_teacher(place):
+    options = ["teacher=null", "plan=sft", "student=teacher", "training.eval_strategy=steps", "training.eval_steps=2", "loss={}"]
+    assert main(["distill", "run.yaml", *options]) == 0
+    report = Path("out/report.html").read_text()
+    assert "No evaluation rows" not in report
+    assert "eval_perplexity" in report
+
+
+def test_a_scorer_with_another_tokenizer_is_refused(place, capsys):
+    import shutil
+
+    shutil.copytree("teacher", "other")
+    file = Path("other/tokenizer.json")
+    file.write_text(file.read_text().replace('"cat"', '"kat"'))
+    line = fails(capsys, "score", "run.yaml", "difficulty={signal: loss, scorer: other}")
+    assert "difficulty.scorer: the tokenizers differ" in line
+    assert "'kat' to the scorer" in line
+
+
 def test_eval(place, capsys):
     assert main(["eval", "teacher", "eval.jsonl", "--max-new-tokens", "8", "--seeds", "2", "--temperature", "1", "--out", "r.json"]) == 0
     shown = capsys.readouterr().out
@@ -245,7 +288,10 @@ def test_init_writes_a_configuration_that_loads(tmp_path, monkeypatch, capsys):
         (["distill", "run.yaml", "teacher=broken", "student=teacher"], "run.yaml: teacher: "),
         (["cache", "run.yaml"], "run.yaml: store: missing"),
         (["plan", "run.yaml", "plan={stages: [{steps: 0}]}"], "run.yaml: plan.stages[0].steps: expected a whole number > 0"),
-        (["plan", "run.yaml", "plan={preset: pocl, buckets: 20}", "loss={}", "difficulty={signal: length}"], "the bucket is empty"),
+        (
+            ["score", "run.yaml", "plan={preset: pocl, buckets: 20}", "loss={}"],
+            "run.yaml: plan: stages[0]: has 0 samples: the bucket is empty",
+        ),
         (["score", "run.yaml", "difficulty={column: level}"], "run.yaml: difficulty: "),
         (["score", "run.yaml", "--resume"], "unrecognized arguments: --resume"),
         (

@@ -345,3 +345,171 @@ def test_probabilities_hold_for_one_temperature(tmp_path, kind):
         # `kl` is at temperature 1, a store's at its own.
         assert found["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], rel=1e-3)
     assert found["eval_ce"] == pytest.approx(live.evaluate()["eval_ce"], rel=0.05)
+
+
+# What a fresh reader found.
+
+
+def test_evaluation_has_the_objective_with_which_the_plan_ends(tmp_path):
+    """So that the best checkpoint is not the one with the mildest knobs."""
+    student, held_out = tiny_llama(1), rows(5, seed=3)
+    run = trainer(
+        tmp_path / "a", Plan((Stage(steps=2, temperature=1.0), Stage(steps=2, temperature=4.0))), eval_data=held_out, student=student
+    )
+    alone = config(tmp_path / "b", temperature=4.0)
+    constant = KDTrainer(student, tiny_llama(2, hidden=24, layers=3), alone, None, held_out, processing_class=tiny_tokenizer())
+    assert run.evaluate()["eval_loss"] == pytest.approx(constant.evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"divergence": "reverse_kl"},
+        {"temperature_squared": False},
+        {"learning_rate": 5e-3},
+        {"optim": "sgd"},
+        {"max_grad_norm": 0.1},
+        {"store": {"batch_size": 3}},
+    ],
+)
+def test_another_objective_is_not_resumed(tmp_path, change):
+    trainer(tmp_path, PLAN, save_strategy="steps", save_steps=4, max_steps=4).train()
+    if "store" in change:
+        change = {"store": {"path": str(tmp_path / "store"), **change["store"]}}
+    with pytest.raises(ValueError, match=rf"is of another run: (training\.)?{next(iter(change))}"):
+        trainer(tmp_path, PLAN, **change).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_a_callback_asked_for_can_be_resumed(tmp_path):
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 3
+
+    trainer(tmp_path, PLAN, callbacks=[Save()], max_steps=4).train()
+    again = trainer(tmp_path, PLAN)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == again.schedule.total_steps
+
+
+def test_max_steps_shows_in_the_table(tmp_path):
+    run = trainer(tmp_path, PLAN, max_steps=6)
+    assert [(row["stage"], row["steps"]) for row in run.schedule.table()] == [(0, 4), (1, 2)]
+    assert (run.schedule.total_steps, run.schedule.planned_steps) == (6, 14)
+    assert run.schedule.at(5).temperature == pytest.approx(4 / 3)  # the ramp is the whole plan's
+    assert run.schedule.at(5).ends
+
+
+def test_the_trainers_own_remainder(tmp_path):
+    assert trainer(tmp_path, "kd", dataloader_drop_last=True, num_train_epochs=1).schedule.total_steps == 5
+    assert trainer(tmp_path, "kd", num_train_epochs=1).schedule.total_steps == 6
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: trainer(f, PLAN, accelerator_config={"split_batches": True}), "accelerator_config.split_batches"),
+        (lambda f: trainer(f, {"preset": "pocl", "buckets": 3, "fractions": [0.5, 0.5]}), "fractions: given together with buckets"),
+        (lambda f: trainer(f, {"stages": [{"parameters": {1: 0.5}}]}), r"stages\[0\].parameters: expected names"),
+        (
+            lambda f: trainer(f, Plan((Stage(), Stage(parameters={"beta": Ramp(0.5, 1.5)}))), divergence="jsd"),
+            r"stages\[1\].parameters.beta: .*expected beta in",
+        ),
+        (lambda f: trainer(f, Plan((Stage(parameters={"betta": 0.5}),)), divergence="jsd"), "unknown parameter 'betta'"),
+        (lambda f: trainer(f, PLAN, lr_scheduler_type="linear", lr_scheduler_kwargs={"min_lr": 1e-7}), "lr_scheduler_kwargs: "),
+        (
+            lambda f: trainer(f, PLAN, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_data=rows(3)),
+            "lr_scheduler_type",
+        ),
+        (lambda f: trainer(f, PLAN, data=rows(9).add_column("score", ["good"] * 9)), "train_dataset: column 'score': expected numbers"),
+        (lambda f: trainer(f, PLAN, eval_data={"a": rows(3)}, metric_for_best_model="kl"), "metric_for_best_model: expected one of a_loss"),
+        (lambda f: trainer(f, "sft", eval_data=rows(3), teacher={}, metric_for_best_model="kl"), "teacher_model: expected at least one"),
+        (
+            lambda f: trainer(f, "kd", store={"path": str(f), "kind": "sampled"}, divergence="reverse_kl"),
+            "store.kind: sampled gives tokens",
+        ),
+        (
+            lambda f: trainer(
+                f, "kd", store={"path": str(f), "kind": "topk"}, divergence="alpha_beta", divergence_parameters={"alpha": 1.0}
+            ),
+            "store.kind: topk: ",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path)
+
+
+def test_null_is_absent_in_a_preset():
+    from fastkd.presets import make_plan
+
+    assert make_plan({"preset": "pocl", "cumulative": None, "epochs": None, "buckets": None, "remainder": None}) == pocl()
+    assert make_plan({"preset": "pretrain", "kd_ratio": None}).stages[0].kd_ratio == 0.5
+    assert make_plan({"stages": [{"teacher": None, "kd_ratio": 0}]}).stages[0].teacher is None
+
+
+def test_a_column_named_score_is_left_alone_where_no_plan_asks(tmp_path):
+    trainer(tmp_path, "kd", data=rows(9).add_column("score", ["good"] * 9), max_steps=1).train()
+
+
+def test_a_dummy_row_does_not_count_whatever_the_collator(tmp_path):
+    from fastkd.data import KDCollator
+
+    def own(batch):  # labels of its own making
+        made = KDCollator(0)(batch)
+        labels = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
+        return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"], "labels": labels}
+
+    settings = config(
+        tmp_path, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1
+    )
+    run = KDTrainer(tiny_llama(1), tiny_llama(2), settings, rows(5), processing_class=tiny_tokenizer(), data_collator=own)
+    run.train()
+    tokens = [row["tokens"] for row in read_metrics(tmp_path) if "loss" in row]
+    last = run.train_dataset[run.schedule.batch(1)[0]]
+    assert tokens[1] - tokens[0] == len(last["input_ids"]) - 1
+
+
+def test_teachers_are_asked_one_at_a_time_whether_they_keep_documents_apart(tmp_path):
+    teachers, data = saved_teachers(tmp_path), rows(40)
+    run = trainer(tmp_path / "run", "progressive", teachers, data=data, packing=True, num_train_epochs=1)
+    events = [(m["event"], m["teacher"]) for m in run.teachers.memory]
+    assert events.index(("free", "weak")) < events.index(("load", "strong"))
+    assert "position_ids" in run.train_dataset.column_names
+    run.train()
+    assert run.state.global_step == run.schedule.total_steps
+
+
+def test_packed_rows_of_a_model_that_cannot_keep_apart_are_packed_once(tmp_path):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    def opt(seed):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+        return OPTForCausalLM(OPTConfig(vocab_size=40, max_position_embeddings=64, pad_token_id=0, **sizes))
+
+    store = {"path": str(tmp_path / "store")}
+    with pytest.warns(UserWarning, match="OPTForCausalLM cannot keep the documents of a row apart"):
+        run = trainer(
+            tmp_path, "kd", opt(2), student=opt(1), data=rows(20), eval_data=rows(6, seed=2), packing=True, max_steps=1, store=store
+        )
+    assert "position_ids" not in run.eval_dataset.column_names
+    run.evaluate()
+    assert run.teachers.stores["OPTForCausalLM", "eval"].complete
+
+
+def test_a_resumed_run_does_not_load_the_teacher_of_a_stage_that_is_over(tmp_path):
+    teachers = saved_teachers(tmp_path)
+    settings = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 8}
+    trainer(tmp_path / "run", "progressive", teachers, **settings).train()
+    again = trainer(tmp_path / "run", "progressive", teachers, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+    assert {m["teacher"] for m in again.teachers.memory} == {"strong"}
+
+
+def test_evaluation_with_a_store_of_probabilities_in_a_stage_at_another_temperature(tmp_path):
+    plan = Plan((Stage(steps=2, kd_ratio=0.0), Stage(steps=2, temperature=2.0, kd_ratio=1.0)))
+    store = {"path": str(tmp_path / "store"), "kind": "topk", "batch_size": 4}
+    run = trainer(tmp_path, plan, eval_data=rows(4, seed=2), store=store, eval_strategy="steps", eval_steps=1, temperature=1.0)
+    run.train()
+    assert [row["step"] for row in read_metrics(tmp_path) if "eval_kl" in row] == [1, 2, 3, 4]

@@ -206,7 +206,7 @@ class TestErrors:
                 raise error
 
             monkeypatch.setattr(teachers, "load_model", fail)
-            with pytest.raises(ValueError, match="teacher 'strong': .*(no JSON|no text|KeyError: 'shape')") as caught:
+            with pytest.raises(ValueError, match=r"teacher 'strong': .*(no JSON|no text|KeyError: 'shape')") as caught:
                 made(folders).model("strong")
             assert type(caught.value) is ValueError
 
@@ -214,7 +214,7 @@ class TestErrors:
         found = made(folders)
         found.outline("strong")
         os.remove(model_files(folders["strong"])[1])
-        with pytest.raises(FileNotFoundError, match="^teacher 'strong': no model.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"^teacher 'strong': no model\.safetensors"):
             found.use_store(StoreSpec(tmp_path / "store"), "train", ragged(4), facts=FACTS)
 
     def test_a_model_that_cannot_be_split_is_named(self):
