@@ -243,6 +243,7 @@ def test_a_small_disk_that_grows(place, capsys, small_disk):
     assert faults.differences(Path("whole"), small_disk.path / "run") == []
 
 
+@pytest.mark.slow
 def test_no_room_for_a_shard(place, capsys, limit):
     # All rows in one shard, which is larger than all that is written before it.
     words = ("distill", "run.yaml", SHORT, "store.batch_size=32", "difficulty.path=cut/difficulty.parquet")
