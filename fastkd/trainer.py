@@ -50,6 +50,7 @@ from .teachers import Teachers, TeacherSource
 __all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError", "filled_plan"]
 
 _STATE = "kd_state.json"
+_INCOMPLETE = ".incomplete"
 # Entries of a student's config that the weights do not depend on; some change when a model is used.
 _FREE_CONFIG = ("transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id")
 # Arguments on which the weights depend.
@@ -545,6 +546,8 @@ class KDTrainer(Trainer):
             self._sums = _Sums(**kept["sums"])
             step = json.loads((found / "trainer_state.json").read_text())["global_step"]
         self._first_step = step
+        if self.args.should_save:
+            shutil.rmtree(self._folder / _INCOMPLETE, ignore_errors=True)  # of a crash; a run resumed at its end saves no more
         if self.is_world_process_zero():
             self._metrics.start(step, resumed=found is not None)
         with _replaced(self.args, max_steps=self.schedule.total_steps, num_train_epochs=1):
@@ -582,7 +585,7 @@ class KDTrainer(Trainer):
         run = Path(self._get_output_dir(trial))
         name, keep = f"checkpoint-{self.state.global_step}", self.args.save_total_limit
         push = self.args.push_to_hub
-        staging, final = run / ".incomplete" / name, run / name
+        staging, final = run / _INCOMPLETE / name, run / name
         if self.args.should_save:
             shutil.rmtree(staging.parent, ignore_errors=True)  # what a crash may have left
         self.accelerator.wait_for_everyone()

@@ -166,6 +166,13 @@ def test_a_damaged_store_is_named_and_computed_again(place, caplog, damage, file
     ends_equal()
 
 
+def test_what_a_kill_left_after_the_last_checkpoint_is_cleared_away(place):
+    shutil.copytree("whole", "again")
+    Path("again/.incomplete/checkpoint-10-old").mkdir(parents=True)
+    assert main(["distill", "run.yaml", SHORT, "output_dir=again", "--resume"]) == 0
+    ends_equal("again")
+
+
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
 def test_without_the_plans_file_the_settings_are_not_known(place, capsys, damage):
     damage(Path("cut/plan.json"))
