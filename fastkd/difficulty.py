@@ -37,6 +37,7 @@ SIGNALS: Mapping[str, bool] = {"rouge_loss": True, "loss": False, "rouge": True,
 RRF_K = 60  # POCL's; the customary constant of reciprocal rank fusion
 _COLUMN = "column:"
 _METADATA = b"fastkd.difficulty"
+_CHECKSUM = b"fastkd.difficulty.sha256"
 _FORMAT = 1
 
 
@@ -254,7 +255,14 @@ def _table(
     columns |= {name: pa.array(values[name], whole.get(name, pa.float64())) for name in names}
     columns |= {f"rank_{name}": pa.array(ranks[name], pa.float64()) for name in names}
     columns["score"] = pa.array(easiness[signal] + 0.0, pa.float64())  # + 0.0: no negative zero
-    return pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(made_from, sort_keys=True).encode()})
+    table = pa.table(columns)
+    return table.replace_schema_metadata({_METADATA: json.dumps(made_from, sort_keys=True).encode(), _CHECKSUM: _checksum(table)})
+
+
+def _checksum(table: pa.Table) -> bytes:
+    """Of ids and scores: a page that went bad on the disk would otherwise be another order of the samples."""
+    values = [table["id"].to_pylist(), [float(score).hex() for score in table["score"].to_pylist()]]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest().encode()
 
 
 def easy_to_hard(table: pa.Table) -> list[str]:
@@ -355,7 +363,8 @@ def read_scores(path: str | Path) -> pa.Table:
     """A file of `score`, or any Parquet file with the columns ``id`` (string) and ``score`` (number; higher is easier).
 
     Raises:
-        ScoreError: not a readable Parquet file, a missing column, ids that repeat, a score that is not finite.
+        ScoreError: not a readable Parquet file, a missing column, ids that repeat, a score that is not finite, or scores that are not those
+            that were written.
     """
     path = Path(path)
     try:
@@ -368,6 +377,9 @@ def read_scores(path: str | Path) -> pa.Table:
     if missing:
         raise ScoreError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")
     _check_table(table, str(path))
+    written = (table.schema.metadata or {}).get(_CHECKSUM)
+    if written is not None and written != _checksum(table):
+        raise ScoreError(f"{path}: its scores are not those that were written: damaged, or edited; delete it to have them computed again")
     return table
 
 
