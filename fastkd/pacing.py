@@ -10,12 +10,51 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback, TrainingArguments, get_scheduler
 
+from .arguments import KDConfig
 from .data import IGNORE, counted_tokens
-from .plan import Samples, Schedule
+from .functional import divergence
+from .plan import Plan, PlanError, Samples, Schedule, Stage, knob_ends
+from .presets import kd, make_plan
 
-__all__ = ["DUMMY", "StageCallback", "learning_rate_factor", "plan_loader", "sample_table"]
+__all__ = ["DUMMY", "StageCallback", "filled_plan", "learning_rate_factor", "plan_loader", "sample_table", "teacher_of"]
 
 DUMMY = -1  # in place of a row's position, and its sample_index
+
+
+_ORDERS = {"random": "shuffled", "sequential": "sequential", "group_by_length": "by_length"}
+
+
+def filled_plan(plan: Any, args: KDConfig, teachers: list[str]) -> Plan:
+    """The plan, with what it leaves open taken from the arguments."""
+    if plan is None and len(teachers) > 1:
+        raise ValueError(
+            f"teacher_model: {len(teachers)} teachers need a plan that says when each of them teaches, such as 'progressive'; expected one"
+        )
+    made = make_plan(kd() if plan is None else plan, teachers=len(teachers))
+    only = len(made.stages) == 1
+    filled = made.filled(
+        teachers=teachers,
+        epochs=args.num_train_epochs,
+        steps=args.max_steps if only and args.max_steps > 0 else None,
+        temperature=args.temperature,
+        kd_ratio=args.kd_ratio,
+        parameters=args.divergence_parameters,
+        order=_ORDERS[str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))],
+        remainder="drop" if args.dataloader_drop_last else "short",
+    )
+    for i, stage in enumerate(filled.stages):
+        for name, knob in stage.parameters.items():
+            for value in knob_ends(knob):  # a domain is an interval, and a ramp stays between its ends
+                try:
+                    divergence(args.divergence, **{name: value})
+                except ValueError as error:
+                    raise PlanError(f"stages[{i}].parameters.{name}: {error}") from None
+    return filled
+
+
+def teacher_of(stage: Stage) -> str | None:
+    """The teacher that a stage asks."""
+    return stage.teacher if isinstance(stage.teacher, str) and stage.kd_ratio != 0 else None
 
 
 def sample_table(dataset: Dataset, scored: bool = False) -> Samples:

@@ -19,7 +19,7 @@ from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows
 from .files import flat
 from .models import check_tokenizers, load_model, load_tokenizer
-from .pacing import sample_table
+from .pacing import filled_plan, sample_table
 from .plan import Plan, PlanError, Samples, Schedule, difference
 from .preparation import tokenized
 from .presets import TRAINING
@@ -27,7 +27,7 @@ from .preview import preview
 from .report import METRICS, PLAN, read_metrics, write_report
 from .store import StoreError
 from .teachers import TeacherSource
-from .trainer import KDConfig, KDTrainer, filled_plan
+from .trainer import KDConfig, KDTrainer
 
 __all__ = ["distill", "fill_stores", "score", "show_plan"]
 

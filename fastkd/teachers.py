@@ -5,6 +5,7 @@ teacher's head is loaded, with one of probabilities nothing.
 """
 
 import ctypes
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -37,7 +38,7 @@ from .store import Store, StoreError, StoreSpec, check_room, folder_name, read_h
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["TeacherSource", "Teachers"]
+__all__ = ["TeacherSource", "Teachers", "teacher_sources"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,35 @@ class TeacherSource:
                 raise ValueError("dtype: given twice, also in options; expected it once")
             object.__setattr__(self, "dtype", self.options["dtype"])
         object.__setattr__(self, "options", {k: v for k, v in self.options.items() if k != "dtype"})
+
+
+def teacher_sources(teacher: Any, options: Mapping[str, Any] | None = None) -> dict[str, TeacherSource]:
+    """What `KDTrainer` takes for teachers, by name, in order of capacity. ``options``: its ``teacher_model_init_kwargs``."""
+    if isinstance(teacher, TeacherSource) or not isinstance(teacher, Mapping):
+        given = {} if teacher is None else {_name_of(teacher): teacher}
+    else:
+        given = dict(teacher)
+        if not given:
+            raise ValueError("teacher_model: expected at least one teacher, got an empty mapping; None where the plan has none")
+    options, sources = options or {}, {}
+    for name, one in given.items():
+        argument = "teacher_model" if len(given) == 1 else f"teacher_model[{name!r}]"
+        if not isinstance(one, TeacherSource | str | os.PathLike | nn.Module):
+            raise TypeError(f"{argument}: expected a name, a path or a module, got {type(one).__name__}")
+        source = one if isinstance(one, TeacherSource) else TeacherSource(one)
+        if options and isinstance(source.model, nn.Module):
+            raise ValueError("teacher_model_init_kwargs: the teacher is given as a module, which is loaded already")
+        rest = dict(options)
+        common = rest.pop("dtype", None)
+        dtype = source.dtype or common
+        sources[str(name)] = dataclasses.replace(source, dtype=dtype, options={**rest, **source.options})
+    return sources
+
+
+def _name_of(teacher: Any) -> str:
+    teacher = teacher.model if isinstance(teacher, TeacherSource) else teacher
+    name = teacher if isinstance(teacher, str | os.PathLike) else getattr(getattr(teacher, "config", None), "name_or_path", "")
+    return Path(name).name or type(teacher).__name__
 
 
 @dataclass

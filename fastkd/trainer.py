@@ -27,9 +27,9 @@ from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
 from .hf import Head, head_of, run_body
 from .models import load_tokenizer
-from .pacing import DUMMY, StageCallback, learning_rate_factor, plan_loader, sample_table
+from .pacing import DUMMY, StageCallback, filled_plan, learning_rate_factor, plan_loader, sample_table, teacher_of
 from .packing import suited_to
-from .plan import Plan, PlanError, Point, Samples, Stage, difference, knob_ends
+from .plan import Point, Samples, difference, knob_ends
 from .preparation import (
     check_apart,
     check_best_metric,
@@ -41,13 +41,12 @@ from .preparation import (
     place,
     tokenized,
 )
-from .presets import kd, make_plan
 from .report import MetricsFile
 from .signals import Signal, TeacherTopK
 from .store import StoreSpec
-from .teachers import Teachers, TeacherSource
+from .teachers import Teachers, TeacherSource, teacher_sources
 
-__all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError", "filled_plan"]
+__all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError"]
 
 _STATE = "kd_state.json"
 _INCOMPLETE = ".incomplete"
@@ -59,7 +58,6 @@ _OBJECTIVE = (
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16",
     "neftune_noise_alpha",
 )  # fmt: skip
-_ORDERS = {"random": "shuffled", "sequential": "sequential", "group_by_length": "by_length"}
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +142,7 @@ class KDTrainer(Trainer):
             raise ValueError("average_tokens_across_devices: must be True: the loss is a mean over the tokens of all processes")
         if processing_class is None and isinstance(model, str | os.PathLike):
             processing_class = load_tokenizer(model, **place(args.model_init_kwargs))
-        sources = _teacher_sources(teacher_model, args)
+        sources = teacher_sources(teacher_model, args.teacher_model_init_kwargs)
         student = load_student(model, args, peft_config)
         for source in sources.values():
             if isinstance(source.model, nn.Module):
@@ -152,7 +150,7 @@ class KDTrainer(Trainer):
         self.plan = filled_plan(plan, args, list(sources))
         sharded = bool(args.deepspeed or args.fsdp) or any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
         self.teachers = Teachers(sources, device=args.device, tokenizer=processing_class, verify=not sharded)
-        first = _teacher_of(self.plan.stages[0])
+        first = teacher_of(self.plan.stages[0])
         resumable = any(Path(str(args.output_dir)).glob("checkpoint-*"))  # in a later stage, perhaps
         if first is not None and args.store is None and not resumable:
             self.teachers.model(first)  # what does not load is refused now, not when training begins
@@ -201,7 +199,7 @@ class KDTrainer(Trainer):
             for data in self._datasets().values():
                 check_fits(data, f"the teacher {name!r}", self.teachers.outline(name))
         self._suit_packed_rows()
-        used = [teacher for stage in self.plan.stages if (teacher := _teacher_of(stage)) is not None]
+        used = [teacher for stage in self.plan.stages if (teacher := teacher_of(stage)) is not None]
         for name in sources:
             if name not in used:
                 logger.warning("the plan does not use the teacher %r", name)
@@ -450,7 +448,7 @@ class KDTrainer(Trainer):
 
     def _enter(self, stage: int) -> None:
         """Hold the teacher of a stage; the next one may be fetched meanwhile."""
-        here, *later = [_teacher_of(s) for s in self.schedule.plan.stages[stage:]]
+        here, *later = [teacher_of(s) for s in self.schedule.plan.stages[stage:]]
         following = (name for name in later if name not in (None, here))
         samples = None
         if self.train_dataset is not None and self.args.store is not None:
@@ -481,11 +479,11 @@ class KDTrainer(Trainer):
         args, student = self.args, self.accelerator.unwrap_model(self.model)
         stages = self.schedule.plan.stages
         for stage in stages:
-            if _teacher_of(stage) is not None:
+            if teacher_of(stage) is not None:
                 check_signal(spec.kind, args.divergence, {name: knob_ends(knob) for name, knob in stage.parameters.items()})
-        temperatures = {value for stage in stages if _teacher_of(stage) for value in knob_ends(stage.temperature)}
+        temperatures = {value for stage in stages if teacher_of(stage) for value in knob_ends(stage.temperature)}
         for split, data in self._datasets().items():
-            teachers = {_teacher_of(stage) for stage in stages} if split == "train" else {self.eval_teacher}
+            teachers = {teacher_of(stage) for stage in stages} if split == "train" else {self.eval_teacher}
             self.teachers.use_store(
                 spec,
                 split,
@@ -560,7 +558,7 @@ class KDTrainer(Trainer):
         """
         student: Any = self.accelerator.unwrap_model(self.model)
         config = {name: value for name, value in student.config.to_dict().items() if name not in _FREE_CONFIG}
-        teachers = [name for name in self.teachers.names if name in {_teacher_of(stage) for stage in self.plan.stages}]
+        teachers = [name for name in self.teachers.names if name in {teacher_of(stage) for stage in self.plan.stages}]
         identities = {name: found for name in teachers if (found := self.teachers.identity(name)) is not None}
         held_out = {name: sample_table(data).content for name, data in self._datasets().items() if name != "train"}
         options = {name: getattr(self.args, name) for name in _OBJECTIVE}
@@ -626,68 +624,6 @@ def _with_shift_labels(collator: Callable, rows: list) -> dict[str, Tensor]:
     for name in ("labels", "shift_labels"):  # a collator may make labels of its own
         batch[name][dummies] = -100
     return batch
-
-
-def _teacher_sources(teacher: Any, args: KDConfig) -> dict[str, TeacherSource]:
-    """The teachers by name, in order of capacity."""
-    if isinstance(teacher, TeacherSource) or not isinstance(teacher, Mapping):
-        given = {} if teacher is None else {_name_of(teacher): teacher}
-    else:
-        given = dict(teacher)
-        if not given:
-            raise ValueError("teacher_model: expected at least one teacher, got an empty mapping; None where the plan has none")
-    options, sources = args.teacher_model_init_kwargs or {}, {}
-    for name, one in given.items():
-        argument = "teacher_model" if len(given) == 1 else f"teacher_model[{name!r}]"
-        if not isinstance(one, TeacherSource | str | os.PathLike | nn.Module):
-            raise TypeError(f"{argument}: expected a name, a path or a module, got {type(one).__name__}")
-        source = one if isinstance(one, TeacherSource) else TeacherSource(one)
-        if options and isinstance(source.model, nn.Module):
-            raise ValueError("teacher_model_init_kwargs: the teacher is given as a module, which is loaded already")
-        rest = dict(options)
-        common = rest.pop("dtype", None)
-        dtype = source.dtype or common
-        sources[str(name)] = replace(source, dtype=dtype, options={**rest, **source.options})
-    return sources
-
-
-def _name_of(teacher: Any) -> str:
-    teacher = teacher.model if isinstance(teacher, TeacherSource) else teacher
-    name = teacher if isinstance(teacher, str | os.PathLike) else getattr(getattr(teacher, "config", None), "name_or_path", "")
-    return Path(name).name or type(teacher).__name__
-
-
-def _teacher_of(stage: Stage) -> str | None:
-    """The teacher that a stage asks."""
-    return stage.teacher if isinstance(stage.teacher, str) and stage.kd_ratio != 0 else None
-
-
-def filled_plan(plan: Any, args: KDConfig, teachers: list[str]) -> Plan:
-    """The plan, with what it leaves open taken from the arguments."""
-    if plan is None and len(teachers) > 1:
-        raise ValueError(
-            f"teacher_model: {len(teachers)} teachers need a plan that says when each of them teaches, such as 'progressive'; expected one"
-        )
-    made = make_plan(kd() if plan is None else plan, teachers=len(teachers))
-    only = len(made.stages) == 1
-    filled = made.filled(
-        teachers=teachers,
-        epochs=args.num_train_epochs,
-        steps=args.max_steps if only and args.max_steps > 0 else None,
-        temperature=args.temperature,
-        kd_ratio=args.kd_ratio,
-        parameters=args.divergence_parameters,
-        order=_ORDERS[str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))],
-        remainder="drop" if args.dataloader_drop_last else "short",
-    )
-    for i, stage in enumerate(filled.stages):
-        for name, knob in stage.parameters.items():
-            for value in knob_ends(knob):  # a domain is an interval, and a ramp stays between its ends
-                try:
-                    divergence(args.divergence, **{name: value})
-                except ValueError as error:
-                    raise PlanError(f"stages[{i}].parameters.{name}: {error}") from None
-    return filled
 
 
 @contextlib.contextmanager
