@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .files import flush, write_whole
 
-__all__ = ["MANIFEST", "CheckpointError", "commit", "find_problems", "newest_complete", "rotate", "what_is_full", "write_whole"]
+__all__ = ["MANIFEST", "CheckpointError", "commit", "find_problems", "newest_complete", "rotate", "what_is_full"]
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)$")

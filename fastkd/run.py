@@ -18,6 +18,7 @@ from . import checkpoints, difficulty
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows
 from .files import flat
+from .files import write_whole
 from .models import check_tokenizers, load_model, load_tokenizer
 from .pacing import filled_plan, sample_table
 from .plan import Plan, PlanError, Samples, Schedule, difference
@@ -347,7 +348,7 @@ class _PlanFile(TrainerCallback):
             return
         plan = {"stages": self.schedule.table(), "plan": self.schedule.plan.to_dict(), "config": self.config.to_dict()}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        checkpoints.write_whole(Path(args.output_dir) / PLAN, json.dumps(plan, indent=1) + "\n")
+        write_whole(Path(args.output_dir) / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
 def _described(spec: ModelSpec) -> str:

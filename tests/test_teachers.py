@@ -635,7 +635,6 @@ class TestAdapters:
     @pytest.fixture(params=["alone", "beside"])
     def folder(self, request, tmp_path):
         """An adapter in a folder of its own, or beside its model."""
-        pytest.importorskip("peft", minversion="0.19", reason="transformers loads adapters with PEFT 0.19 or newer")
         base = tmp_path / "base"
         tiny_llama(0).save_pretrained(base)
         folder = base if request.param == "beside" else tmp_path / "adapter"
