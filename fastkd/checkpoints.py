@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .files import flush, write_whole
+from .files import flush
 
 __all__ = ["MANIFEST", "CheckpointError", "commit", "find_problems", "newest_complete", "rotate", "what_is_full"]
 

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from . import checkpoints, difficulty
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows
-from .files import flat
-from .files import write_whole
+from .files import flat, write_whole
 from .models import check_tokenizers, load_model, load_tokenizer
 from .pacing import filled_plan, sample_table
 from .plan import Plan, PlanError, Samples, Schedule, difference

@@ -62,3 +62,15 @@ def test_figures_come_from_result_files():
                 assert cell.strip() == f"{known[provider, divergence]['ratio']:.2f}", (provider, divergence)
         largest = max(r["peak_extra_bytes"] for (p, _), r in known.items() if p == provider)
         assert memory.strip() == f"{largest / 1e6:.0f}", provider
+
+
+def test_figures_of_the_store_come_from_its_file():
+    import json
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "store-cpu.json").read_text())["rows"]
+    for row in rows:
+        assert row["same_weights"]
+        name = row["student"].replace("of 30", "of its 30")
+        seconds = " | ".join(f"{row[f'seconds_{mode}']:.0f} s" for mode in ("live", "filling", "stored"))
+        peaks = f"{row['peak_mb_live']:.0f}, {row['peak_mb_stored']:.0f}"
+        assert f"| {name} | {seconds} | {row['speedup']:.2f} | {row['ceiling']:.2f} | {peaks} |" in TEXT
