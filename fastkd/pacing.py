@@ -16,7 +16,16 @@ from .functional import divergence
 from .plan import Plan, PlanError, Samples, Schedule, Stage, knob_ends
 from .presets import kd, make_plan
 
-__all__ = ["DUMMY", "StageCallback", "filled_plan", "learning_rate_factor", "plan_loader", "sample_table", "teacher_of"]
+__all__ = [
+    "DUMMY",
+    "StageCallback",
+    "filled_plan",
+    "learning_rate_factor",
+    "plan_loader",
+    "sample_table",
+    "schedule_for",
+    "teacher_of",
+]
 
 DUMMY = -1  # in place of a row's position, and its sample_index
 
@@ -50,6 +59,16 @@ def filled_plan(plan: Any, args: KDConfig, teachers: list[str]) -> Plan:
                 except ValueError as error:
                     raise PlanError(f"stages[{i}].parameters.{name}: {error}") from None
     return filled
+
+
+def schedule_for(plan: Plan, samples: Samples, args: KDConfig) -> Schedule:
+    """The filled plan for these samples, with the batch, seed and ``max_steps`` of the arguments."""
+    return plan.schedule(
+        samples,
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        max_steps=args.max_steps if args.max_steps > 0 else None,
+    )
 
 
 def teacher_of(stage: Stage) -> str | None:

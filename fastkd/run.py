@@ -19,7 +19,7 @@ from .config import ConfigError, ModelSpec, RunConfig
 from .data import load_rows
 from .files import flat, write_whole
 from .models import check_tokenizers, load_model, load_tokenizer
-from .pacing import filled_plan, sample_table
+from .pacing import filled_plan, sample_table, schedule_for
 from .plan import Plan, PlanError, Samples, Schedule, difference
 from .preparation import tokenized
 from .presets import TRAINING
@@ -50,10 +50,7 @@ class _Run:
     held_out: Dataset | None
 
     def schedule(self, samples: Samples) -> Schedule:
-        args = self.args
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return self.plan.schedule(samples, batch_size=batch, seed=seed, max_steps=args.max_steps if args.max_steps > 0 else None)
+        return schedule_for(self.plan, samples, self.args)
 
     @property
     def scores_path(self) -> Path:

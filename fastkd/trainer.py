@@ -27,7 +27,7 @@ from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
 from .hf import Head, head_of, run_body
 from .models import load_tokenizer
-from .pacing import DUMMY, StageCallback, filled_plan, learning_rate_factor, plan_loader, sample_table, teacher_of
+from .pacing import DUMMY, StageCallback, filled_plan, learning_rate_factor, plan_loader, sample_table, schedule_for, teacher_of
 from .packing import suited_to
 from .plan import Point, Samples, difference, knob_ends
 from .preparation import (
@@ -183,16 +183,14 @@ class KDTrainer(Trainer):
             check_fits(data, "the student", student)
         if not sharded:
             check_head("model", student)
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
         if train_dataset is None:  # evaluation alone
             self.schedule = filled_plan(None, args, list(sources)[-1:]).schedule(Samples(["none"], [1]), batch_size=1, seed=0)
         else:
-            seed = args.seed if args.data_seed is None else args.data_seed
-            most = args.max_steps if args.max_steps > 0 else None
-            samples = sample_table(train_dataset, scored=self.plan.needs_scores)
-            self.schedule = self.plan.schedule(samples, batch_size=batch, seed=seed, max_steps=most)
-            if most is not None and most != self.schedule.planned_steps:
-                logger.warning("max_steps=%d, but the plan has %d steps: it ends at the lesser", most, self.schedule.planned_steps)
+            self.schedule = schedule_for(self.plan, sample_table(train_dataset, scored=self.plan.needs_scores), args)
+            if args.max_steps > 0 and args.max_steps != self.schedule.planned_steps:
+                logger.warning(
+                    "max_steps=%d, but the plan has %d steps: it ends at the lesser", args.max_steps, self.schedule.planned_steps
+                )
             if len(self.schedule.segments) > 1:
                 learning_rate_factor(args, self.schedule)  # refused now, if it cannot be restarted
         for name in sources:
