@@ -59,18 +59,8 @@ def progressive(
 ) -> Plan:
     """The order of the teachers alone: all samples in every stage, teachers from weak to strong ("PD" in CLPD's comparison)."""
     names = _teachers(teachers)
-    stages = [
-        Stage(f"progressive {i + 1}/{len(names)}", None, e, None, name, t, r, {}, restart_lr, reset_optimizer)
-        for i, (name, e, t, r) in enumerate(
-            zip(
-                names,
-                _each("epochs", epochs, len(names)),
-                _each("temperature", temperature, len(names)),
-                _each("kd_ratio", kd_ratio, len(names)),
-                strict=True,
-            )
-        )
-    ]
+    stages = _bucket_stages("progressive", names, False, epochs, temperature, kd_ratio, restart_lr, reset_optimizer)
+    stages = [replace(stage, buckets=None, teacher=name) for stage, name in zip(stages, names, strict=True)]
     return _plan("progressive", stages, **options)
 
 

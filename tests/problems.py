@@ -1,9 +1,11 @@
 """Random losses to compute, and the same loss by the oracle."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -156,3 +158,19 @@ def assert_within_rule(result: Result, plain: Result, truth: Result) -> None:
     for name, gradient in truth.gradients.items():
         error, reference = relative_error(result.gradients[name], gradient), relative_error(plain.gradients[name], gradient)
         assert error <= 2 * reference + 1e-4, f"gradient of {name}: off by {error:.3g} of its norm, plain torch by {reference:.3g}"
+
+
+@contextlib.contextmanager
+def device_reads():
+    """Collects the reads of tensors by the host within, as ``(method, shape)``."""
+    reads: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy", "__contains__"):
+            original = getattr(torch.Tensor, name)
+
+            def counting(self, *args, _name=name, _original=original, **kwargs):
+                reads.append((_name, tuple(self.shape)))
+                return _original(self, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counting)
+        yield reads

@@ -13,7 +13,7 @@ from fastkd import DIVERGENCES, FusedLinearKDLoss, TeacherHidden, TeacherLogits,
 from fastkd_kernels import rows_torch
 
 from .divergence_cases import ALL, DEFAULTS
-from .problems import Problem, assert_close, assert_within_rule, fused, make, oracle, relative_error
+from .problems import Problem, assert_close, assert_within_rule, device_reads, fused, make, oracle, relative_error
 
 F64 = torch.float64
 
@@ -543,16 +543,7 @@ def test_one_read_from_the_device_per_call(knobs):
     values = {"temperature": 2.0, "kd_ratio": 0.5, "normalizer": 9.0}
     if knobs == "tensors":
         values = {k: torch.tensor(v) for k, v in values.items()}
-    reads = []
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy", "__contains__"):
-            original = getattr(torch.Tensor, name)
-
-            def counting(self, *args, _name=name, _original=original, **kwargs):
-                reads.append((_name, tuple(self.shape)))
-                return _original(self, *args, **kwargs)
-
-            patch.setattr(torch.Tensor, name, counting)
+    with device_reads() as reads:
         result = fused(problem, **values)
     assert result.loss.isfinite()
     # Numbers travel as a tensor on the host, whose reading is no wait for a device.
