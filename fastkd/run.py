@@ -48,6 +48,7 @@ class _Run:
     rows: Dataset
     train: Dataset
     held_out: Dataset | None
+    unscored: Samples
 
     def schedule(self, samples: Samples) -> Schedule:
         return schedule_for(self.plan, samples, self.args)
@@ -71,15 +72,12 @@ def _begin(config: RunConfig) -> _Run:
     with _blamed(config, "data"):
         train = tokenized(rows, tokenizer, args, "train")
         held_out = None if eval_rows is None else tokenized(eval_rows, tokenizer, args, "eval")
-    run = _Run(config, args, plan, tokenizer, rows, train, held_out)
+    # As if all were of one difficulty: the stages are the same, but for the tokens in each.
+    unscored = dataclasses.replace(sample_table(train), scores=[0.0] * len(train))
+    run = _Run(config, args, plan, tokenizer, rows, train, held_out, unscored)
     with _blamed(config, "plan"):
-        run.schedule(_unscored(train))  # what does not fit is refused before anything is scored or loaded
+        run.schedule(unscored)  # what does not fit is refused before anything is scored or loaded
     return run
-
-
-def _unscored(rows: Dataset) -> Samples:
-    """The samples as if all were of one difficulty: the stages are the same, but for the tokens in each."""
-    return dataclasses.replace(sample_table(rows), scores=[0.0] * len(rows))
 
 
 def distill(config: RunConfig, *, resume: bool = False) -> Path:
@@ -128,11 +126,12 @@ def _is_evaluated(output: Path, step: int) -> bool:
 def show_plan(config: RunConfig) -> str:
     """The stages as a table and a drawing. Reads the data and the tokenizer; loads no model."""
     run = _begin(config)
-    samples, note = _unscored(run.train), ""
+    samples, note = run.unscored, ""
     if run.plan.needs_scores:
         if run.scores_path.exists():
             with _blamed(config, "difficulty"):
-                samples = sample_table(difficulty.attach(run.train, difficulty.read_scores(run.scores_path)), scored=True)
+                scored = difficulty.attach(run.train, difficulty.read_scores(run.scores_path))
+                samples = dataclasses.replace(samples, scores=scored["score"][:])
         else:
             note = f"The samples are not scored yet (`fastkd score {config.path}`): tokens are as if all were of one difficulty."
     with _blamed(config, "plan"):
@@ -168,7 +167,7 @@ def _score(run: _Run, student: PreTrainedModel | None) -> Any:
         # The schedule of these samples with these scores; a plan without buckets has every sample in its first stage.
         position = {sample: i for i, sample in enumerate(run.train["sample_id"])}
         rank = {sample: float(-i) for i, sample in enumerate(ids)}
-        samples = dataclasses.replace(sample_table(run.train), scores=[rank[sample] for sample in position])
+        samples = dataclasses.replace(run.unscored, scores=[rank[sample] for sample in position])
         stages = run.schedule(samples).stage_of()
         return [-1 if (stage := stages[position[sample]]) is None else stage for sample in ids]
 
