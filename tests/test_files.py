@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from fastkd import checkpoints, difficulty, files, store
+from fastkd import difficulty, files, store
 from fastkd.hf import Head
 
 from .test_store import computes, opened, ragged, wide_llama
@@ -16,11 +16,6 @@ from .test_store import computes, opened, ragged, wide_llama
 def a_text(folder: Path) -> Path:
     files.write_whole(folder / "a.txt", "text")
     return folder / "a.txt"
-
-
-def a_plan(folder: Path) -> Path:
-    checkpoints.write_whole(folder / "plan.json", "{}")
-    return folder / "plan.json"
 
 
 def scores(folder: Path) -> Path:
@@ -39,7 +34,7 @@ def a_head(folder: Path) -> Path:
     return folder / "t" / "head.safetensors"
 
 
-@pytest.mark.parametrize("write", [a_text, a_plan, scores, a_shard, a_head])
+@pytest.mark.parametrize("write", [a_text, scores, a_shard, a_head])
 def test_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch, write):
     """Else a power cut can leave a file of the right name with nothing in it. Files are known by their inode, which a renaming keeps."""
     events, fsync, replace = [], os.fsync, os.replace
