@@ -244,19 +244,30 @@ def test_retain_graph_gives_the_same_gradient_twice():
         torch.testing.assert_close(a, -2.5 * c)
 
 
-def test_differentiating_twice_is_refused():
+@pytest.mark.parametrize("upstream", [1.0, 0.0], ids=["upstream", "upstream of 0"])
+def test_differentiating_twice_is_refused(upstream):
+    """Not a zero, which would be wrong without a sign of it: a gradient penalty would do nothing."""
     problem = make()
     hidden = problem.hidden.clone().requires_grad_()
     loss = fused_linear_kd(hidden, problem.weight, problem.teacher, problem.labels)
-    try:
-        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    except RuntimeError:
-        return
-    with pytest.raises(RuntimeError):
+    (gradient,) = torch.autograd.grad(loss, hidden, torch.tensor(upstream, dtype=F64), create_graph=True)
+    assert gradient.requires_grad
+    with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(gradient.sum(), hidden)
 
 
-@pytest.mark.parametrize("needed", [{"hidden"}, {"weight"}, {"bias"}, {"hidden", "bias"}, {"hidden", "weight", "bias"}, set()], ids=str)
+def test_differentiating_the_gradient_by_the_upstream_gradient_is_refused():
+    problem = make()
+    hidden, factor = problem.hidden.clone().requires_grad_(), torch.tensor(2.0, dtype=F64, requires_grad=True)
+    loss = factor * fused_linear_kd(hidden, problem.weight, problem.teacher, problem.labels)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(gradient.sum(), factor)
+
+
+@pytest.mark.parametrize(
+    "needed", [("hidden",), ("weight",), ("bias",), ("hidden", "bias"), ("hidden", "weight", "bias"), ()], ids="-".join
+)
 def test_gradients_only_for_what_needs_one(needed):
     """A frozen head costs no weight gradient, frozen hidden states none of theirs."""
     problem = make(bias=True, kd_ratio=0.5, chunk_tokens=4)

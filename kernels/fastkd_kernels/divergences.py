@@ -236,6 +236,13 @@ def _alpha_beta(lp, lq, a, b, w):
     return g, qb * (qa - pa) / a
 
 
+@_tile
+def _squared_hellinger(lp, lq, a, b, w):
+    root_q = tl.exp(0.5 * lq)
+    d = root_q - tl.exp(0.5 * lp)
+    return 0.5 * d * d, 0.5 * d * root_q
+
+
 # References: the textbook integrands on torch tensors, differentiated by autograd. They share nothing with the tile functions.
 
 
@@ -282,6 +289,10 @@ def _tvd_g(lp, lq, a, b, w):
 def _alpha_beta_g(lp, lq, a, b, w):
     c = a + b
     return -((a * lp + b * lq).exp() - a / c * (c * lp).exp() - b / c * (c * lq).exp()) / (a * b)
+
+
+def _squared_hellinger_g(lp, lq, a, b, w):
+    return 0.5 * ((0.5 * lp).exp() - (0.5 * lq).exp()).square()
 
 
 def _forward_share_by_sorting(lp, lq, mu, tail=False):
@@ -421,6 +432,12 @@ DEFINITIONS: dict[str, Definition] = {
             parameters=(Parameter("mu", 0.5, 0.0, 1.0),),
             statistic=_forward_share_by_sorting,
             limits=(("mu", 1.0, "forward_kl"),),
+        ),
+        Definition(
+            "squared_hellinger",
+            _squared_hellinger,
+            _squared_hellinger_g,
+            "Beran 1977: 1 - sum sqrt(p q), in [0, 1]; a quarter of alpha_beta at 0.5, 0.5",
         ),
     )
 }
