@@ -469,6 +469,16 @@ def _(gradient, scale, dtype):
     return torch.empty_like(gradient, dtype=dtype)
 
 
+def _refuse_double_backward(ctx, gradient):
+    raise RuntimeError(
+        "double backward through fastkd's losses is not supported: they compute their gradients in the forward pass, without a graph of their"
+        " own; for second derivatives of a small problem differentiate fastkd.reference.reference_linear_kd"
+    )
+
+
+scaled.register_autograd(_refuse_double_backward)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # else the unused outputs' gradients come as zeros, as large as the outputs
     student, weight, bias = inputs[:3]
