@@ -1,19 +1,20 @@
 """What users call: `fused_linear_kd`, `kd_loss` and the divergences' public names."""
 
 import numbers
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd_kernels.divergences import DEFINITIONS, Definition
 from fastkd_kernels.divergences import triton as _triton
 
 from . import ops
-from .signals import Signal, TeacherHidden, TeacherLogits, TeacherTopK
+from .signals import Signal, TeacherHidden, TeacherInterpolated, TeacherLogits, TeacherTopK
 
 __all__ = ["DIVERGENCES", "Divergence", "LossParts", "divergence", "fused_linear_kd", "kd_loss"]
 
@@ -111,8 +112,8 @@ def fused_linear_kd(
         student_hidden: ``[..., D_s]``; leading dimensions flatten to N tokens. fp16, bf16, fp32 or float64.
         student_weight: ``[V_s, D_s]``, the LM head as `torch.nn.Linear` stores it, in the dtype of ``student_hidden``. Under autocast
             both are cast, as a linear layer would.
-        teacher: `TeacherHidden`, `TeacherLogits` or `TeacherTopK` with the same leading dimensions. Never receives a gradient.
-            None where ``kd_ratio`` is 0. With a TeacherTopK KD compares its K + 1 buckets, over all of V_s.
+        teacher: `TeacherHidden`, `TeacherLogits`, `TeacherTopK` or `TeacherInterpolated` with the same leading dimensions. Never receives
+            a gradient. None where ``kd_ratio`` is 0. With a TeacherTopK KD compares its K + 1 buckets, over all of V_s.
         labels: ``[...]`` int64, aligned with the hidden states: the caller shifts.
         divergence: a name in `DIVERGENCES`, or ``divergence("jsd", beta=0.1)``. alpha_beta takes a TeacherTopK where alpha + beta = 1.
         temperature: > 0, divides both models' final logits. A TeacherTopK holds for its own temperature alone.
@@ -121,9 +122,12 @@ def fused_linear_kd(
         token_weight: ``[...]`` floating point, >= 0. A token counts when its weight is > 0 and its label is not ``ignore_index``.
         normalizer: > 0; default: the sum of the counted tokens' weights.
         student_bias: ``[V_s]``. student_softcap, student_scale: see above.
+            Head weights and biases may be DTensors, as FSDP2 makes them: each is gathered once per call, on all ranks of its mesh together.
+            A gradient comes back as a DTensor of the parameter's placements, averaged over the mesh's ranks, as FSDP2 does with every
+            other parameter. `fastkd.hf.run_at_head` avoids this gather: inside the model's own call FSDP2 makes it.
         chunk_tokens: most tokens whose logits are held at a time; default: from a memory budget.
         return_parts: return ``(loss, LossParts)``.
-        impl: "triton", "torch", or "auto": Triton for CUDA tensors where it is installed, torch elsewhere, for float64 and for TeacherTopK.
+        impl: "triton", "torch", or "auto": Triton for CUDA tensors where it is installed, torch elsewhere and for float64.
         logits_dtype: torch.float32 (default) or the hidden states' own 16-bit dtype: less memory, gradients several percent off
             when student and teacher are close.
         temperature, kd_ratio, normalizer, softcap, scale and the divergence's parameters are numbers or 0-d tensors and may change
@@ -137,19 +141,8 @@ def fused_linear_kd(
 
     Source: the divergences' own (`DIVERGENCES`); kd_ratio and temperature as in Hinton et al. 2015.
     """
-    _check_floating("student_hidden", student_hidden, at_least=1)
-    _check_floating("student_weight", student_weight, ndim=2)
-    student_hidden, student_weight = _autocast(student_hidden, student_weight)
-    if student_weight.shape[1] != student_hidden.shape[-1]:
-        raise ValueError(
-            f"student_weight: expected shape [V_s, {student_hidden.shape[-1]}] for student_hidden of shape"
-            f" {_shape(student_hidden)}, got {_shape(student_weight)}"
-        )
-    _check_same_dtype("student_weight", student_weight, "student_hidden", student_hidden)
-    if student_bias is not None:
-        _check_floating("student_bias", student_bias)
-        if student_bias.shape != student_weight.shape[:1]:
-            raise ValueError(f"student_bias: expected shape [{student_weight.shape[0]}], got {_shape(student_bias)}")
+    student_weight, student_bias = _whole(student_weight), _whole(student_bias)
+    student_hidden, student_weight = _student_tensors(student_hidden, student_weight, student_bias)
     return _loss(
         student_hidden, student_weight, student_bias, teacher, labels,
         divergence=divergence, temperature=temperature, temperature_squared=temperature_squared, kd_ratio=kd_ratio,
@@ -194,10 +187,40 @@ def kd_loss(
     )  # fmt: skip
 
 
-def _loss(
+def _student_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """Hidden states and head, checked; cast under autocast."""
+    _check_floating("student_hidden", hidden, at_least=1)
+    _check_floating("student_weight", weight, ndim=2)
+    hidden, weight = _autocast(hidden, weight)
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"student_weight: expected shape [V_s, {hidden.shape[-1]}] for student_hidden of shape {_shape(hidden)}, got {_shape(weight)}"
+        )
+    _check_same_dtype("student_weight", weight, "student_hidden", hidden)
+    if bias is not None:
+        _check_floating("student_bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"student_bias: expected shape [{weight.shape[0]}], got {_shape(bias)}")
+    return [hidden, weight]
+
+
+def _loss(student, weight, bias, teacher, labels, *, return_parts, **options):
+    outputs = ops.kd(*_arguments(student, weight, bias, teacher, labels, **options))
+    return _result(outputs, student.shape[:-1], return_parts)
+
+
+def _result(outputs: tuple[Tensor, ...], leading: torch.Size, return_parts: bool) -> Any:
+    loss, tokens, kd_mean, ce_mean, kd, ce, *_ = outputs
+    if not return_parts:
+        return loss
+    return loss, LossParts(kd_mean.detach(), ce_mean.detach(), tokens, kd.detach().view(leading), ce.detach().view(leading))
+
+
+def _arguments(
     student, weight, bias, teacher, labels, *, divergence, temperature, temperature_squared, kd_ratio, token_weight, normalizer,
-    student_softcap, student_scale, ignore_index, chunk_tokens, return_parts, impl, logits_dtype,
-):  # fmt: skip
+    student_softcap, student_scale, ignore_index, chunk_tokens, impl, logits_dtype,
+) -> tuple:  # fmt: skip
+    """The arguments of `ops.kd`, checked as far as the host can."""
     name = "student_logits" if weight is None else "student_hidden"
     leading, device = student.shape[:-1], student.device
     chosen = divergence if isinstance(divergence, Divergence) else _divergence(divergence)
@@ -229,12 +252,13 @@ def _loss(
         "teacher_scale": signal.scale,
         "teacher_softcap": signal.softcap,
         "teacher_temperature": signal.temperature,
+        "target_share": signal.share,
         "normalizer": normalizer,
     }
     assert tuple(knobs) == ops.KNOBS
     parameters = {p.name: chosen.parameters.get(p.name, p.default) for p in DIVERGENCES[chosen.name].parameters}
     grad = torch.is_grad_enabled()
-    loss, tokens, kd_mean, ce_mean, kd, ce, *_ = ops.kd(
+    return (
         _flat(student),
         weight,
         bias,
@@ -248,7 +272,7 @@ def _loss(
         _knob_tensor({**knobs, **parameters}, device),
         " ".join(key for key, value in knobs.items() if value is None),
         chosen.name,
-        _implementation(impl, student, signal),
+        _implementation(impl, student),
         ignore_index,
         chunk_tokens or 0,
         logits_dtype or torch.promote_types(student.dtype, torch.float32),
@@ -256,9 +280,6 @@ def _loss(
         grad and weight is not None and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
     )
-    if not return_parts:
-        return loss
-    return loss, LossParts(kd_mean.detach(), ce_mean.detach(), tokens, kd.detach().view(leading), ce.detach().view(leading))
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -267,6 +288,20 @@ def _flat(x: Tensor) -> Tensor:
         return x.view(-1, x.shape[-1])
     except RuntimeError:
         return x
+
+
+def _whole(tensor: Any) -> Any:
+    """A DTensor gathered, once for all chunks; its gradient is averaged over the mesh, as FSDP2 averages every other parameter's."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    distributed = sys.modules.get("torch.distributed.tensor")  # imported by whoever made a DTensor, and not everywhere there
+    if distributed is None or not isinstance(tensor, distributed.DTensor):
+        return tensor
+    ranks = tensor.device_mesh.size()
+    whole = tensor.full_tensor(grad_placements=[distributed.Partial()] * tensor.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / ranks)
+    return whole
 
 
 _divergence = divergence  # the losses' argument of that name hides it
@@ -282,11 +317,18 @@ class _TeacherTensors:
     ids: Tensor | None = None
     tail: Tensor | None = None
     temperature: Number | None = None
+    share: Number | None = None
 
 
 def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensors:
     if teacher is None:
         return _TeacherTensors()
+    if isinstance(teacher, TeacherInterpolated):
+        if not isinstance(teacher.teacher, TeacherHidden | TeacherLogits):
+            got = type(teacher.teacher).__name__
+            raise TypeError(f"teacher.teacher: expected TeacherHidden or TeacherLogits to interpolate with, got {got}")
+        _check_number("teacher.share", teacher.share)
+        return replace(_teacher_tensors(teacher.teacher, name, student), share=teacher.share)
     if isinstance(teacher, TeacherTopK):
         return _top_tensors(teacher, name, student)
     if isinstance(teacher, TeacherLogits):
@@ -296,8 +338,8 @@ def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensor
     elif isinstance(teacher, TeacherHidden):
         _check_floating("teacher.hidden", teacher.hidden, at_least=1)
         _check_floating("teacher.weight", teacher.weight, ndim=2)
-        values, weight = _autocast(teacher.hidden, teacher.weight)
-        bias, softcap, scale = teacher.bias, teacher.softcap, teacher.scale
+        values, weight = _autocast(teacher.hidden, _whole(teacher.weight))
+        bias, softcap, scale = _whole(teacher.bias), teacher.softcap, teacher.scale
         label = "teacher.hidden"
         if weight.shape[1] != values.shape[-1]:
             raise ValueError(
@@ -312,7 +354,8 @@ def _teacher_tensors(teacher: Any, name: str, student: Tensor) -> _TeacherTensor
         for argument, tensor in (("teacher.weight", weight), ("teacher.bias", bias)):
             _check_device(argument, tensor, name, student.device)
     else:
-        raise TypeError(f"teacher: expected TeacherHidden, TeacherLogits, TeacherTopK or None, got {type(teacher).__name__}")
+        known = "TeacherHidden, TeacherLogits, TeacherTopK, TeacherInterpolated or None"
+        raise TypeError(f"teacher: expected {known}, got {type(teacher).__name__}")
     if values.shape[:-1] != student.shape[:-1]:
         raise ValueError(f"{label}: expected the leading dimensions of {name}, {_shape(student)[:-1]}, got {_shape(values)[:-1]}")
     _check_device(label, values, name, student.device)
@@ -349,10 +392,10 @@ def _top_tensors(teacher: TeacherTopK, name: str, student: Tensor) -> _TeacherTe
 
 def _knob_tensor(knobs: Mapping[str, Any], device: torch.device) -> Tensor:
     """One float64 vector: on the host while all knobs are numbers or host tensors, else on the device, to be read there with the rest."""
-    absent = ("student_softcap", "teacher_softcap", "teacher_temperature", "normalizer")
+    absent = ("student_softcap", "teacher_softcap", "teacher_temperature", "target_share", "normalizer")
     for name, value in knobs.items():
         if value is not None or name not in absent:
-            _check_number(name.replace("teacher_", "teacher."), value)
+            _check_number(name.replace("teacher_", "teacher.").replace("target_share", "teacher.share"), value)
     values = [0.0 if v is None else v for v in knobs.values()]
     if not any(isinstance(v, Tensor) for v in values) and not torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float64)
@@ -363,11 +406,7 @@ def _knob_tensor(knobs: Mapping[str, Any], device: torch.device) -> Tensor:
     return torch.stack([v.detach().to(device, torch.float64) if isinstance(v, Tensor) else one * v for v in values])
 
 
-def _implementation(impl: str, student: Tensor, signal: _TeacherTensors) -> str:
-    if signal.ids is not None:
-        if impl == "triton":
-            raise ValueError("impl: 'triton' has no kernel for TeacherTopK; expected 'auto' or 'torch'")
-        impl = "torch" if impl == "auto" else impl
+def _implementation(impl: str, student: Tensor) -> str:
     if impl == "auto":
         return "triton" if student.is_cuda and _triton is not None and student.dtype != torch.float64 else "torch"
     if impl == "torch":

@@ -50,12 +50,16 @@ def logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def grad_hidden(dz: Tensor, weight: Tensor, out: Tensor) -> None:
     """out[C, D] = dz[C, V] @ weight[V, D]"""
-    if dz.dtype == weight.dtype:
+    if dz.dtype == weight.dtype == out.dtype:
         torch.mm(dz, weight, out=out)
         return
-    total = torch.zeros(out.shape, dtype=dz.dtype, device=out.device)
+    if dz.dtype == weight.dtype and has_mixed_mm(dz.device, dz.dtype):
+        torch.mm(dz, weight, out_dtype=out.dtype, out=out)
+        return
+    wide = torch.promote_types(dz.dtype, out.dtype)
+    total = torch.zeros(out.shape, dtype=wide, device=out.device)
     for block in _vocabulary_blocks(weight):
-        total.addmm_(dz[:, block], weight[block].to(dz.dtype))
+        total.addmm_(dz[:, block].to(wide), weight[block].to(wide))
     out.copy_(total)
 
 

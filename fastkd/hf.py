@@ -6,6 +6,8 @@ multiplies; some scale the hidden states before the head, some project them), so
 
 - `run_body` runs the model's own `forward` with the head's matrix product replaced by a stub that records its input. Whatever stands
   between the last layer and the head is thus included, and so is the router's auxiliary loss, which the forward computes itself.
+- `run_at_head` does the same with a function, a fused loss say, in place of the product: it runs inside the head's own call, which is
+  where FSDP2 and DeepSpeed ZeRO-3 have the head's weight whole.
 - `head_of` learns what happens after the head once per model, by sending chosen values through that same code.
 
 A model that this does not describe exactly raises ValueError.
@@ -14,6 +16,7 @@ A model that this does not describe exactly raises ValueError.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Head", "head_of", "hidden_states_and_head", "run_body", "verify_head"]
+__all__ = ["Head", "head_of", "hidden_states_and_head", "is_sharded", "redirected", "run_at_head", "run_body", "verify_head"]
 
 
 @dataclass(frozen=True)
@@ -82,25 +85,99 @@ def run_body(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         ValueError: when the model is not a causal LM with one linear head.
     """
     lm = _causal_lm(model)
-    _linear(lm)
+    linear = _linear(lm)
     seen: list[Tensor] = []
 
     def record(hidden: Tensor) -> Tensor:
         seen.append(hidden)
         return hidden.new_zeros(*hidden.shape[:-1], 1)
 
-    output = _forward(lm, record, inputs)
-    if len(seen) != 1 or seen[0].ndim != 3:
-        raise _cannot(lm, f"its forward calls the LM head on inputs of shapes {[tuple(x.shape) for x in seen]}; expected one [B, S, D]")
+    output = _forward(lm, linear, record, inputs)
+    _check_calls(lm, [x.shape for x in seen])
+    return seen[0], _aux_loss(lm, output)
+
+
+def run_at_head(model: nn.Module, function: Callable[[Tensor, Head], Any], /, **inputs: Any) -> tuple[Any, Tensor | None]:
+    """`function(hidden, head)` in place of the head's matrix product, inside the head's own call.
+
+    FSDP2 and DeepSpeed ZeRO-3 gather a module's weights when it is called, free them afterwards, and know of the backward pass by the
+    gradients of what it returns. In `function` they are whole plain tensors, and as what it returns is what the head's call returns, a
+    loss behaves like the head's product would: however many chunks it makes of the tokens, the weight is gathered once in the forward
+    pass and its gradient reduced once. FSDP2 gathers the weight once more in the backward pass, which does not need it, unless the head's
+    unit has `reshard_after_forward=False` (the default of a root) or `set_unshard_in_backward(False)`.
+
+    Args:
+        model, inputs: as `run_body` takes them; of a model that is sharded, inside its own call (`redirected`).
+        function: gets `hidden [B, S, D]` and the `Head` with its weight whole, which must not be used after it returns. It returns a
+            tensor, or a tuple, list or dict with tensors in it; of what is nested deeper wrappers may not see the autograd graph.
+
+    Returns:
+        What `function` returned, as hooks of the head handed it on, and the auxiliary loss of `run_body`.
+
+    Raises:
+        ValueError: when the model is not a causal LM with one linear head.
+    """
+    lm = _causal_lm(model)
+    linear, tail = _linear(lm), _tail(lm)
+    shapes: list[torch.Size] = []
+    found: list[Any] = []
+
+    def instead(hidden: Tensor) -> Any:
+        shapes.append(hidden.shape)
+        _check_calls(lm, shapes)
+        return function(hidden, _head(linear, tail))
+
+    def hand_on(_: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> Tensor:
+        found.append(output)
+        return arguments[0].new_zeros(*arguments[0].shape[:-1], 1)
+
+    # Registered last and so called last: a wrapper's hooks see the loss, the rest of the model's forward sees logits.
+    handle = linear.register_forward_hook(hand_on)
+    try:
+        output = _forward(lm, linear, instead, inputs)
+    finally:
+        handle.remove()
+    _check_calls(lm, shapes)
+    return found[0], _aux_loss(lm, output)
+
+
+def _check_calls(lm: Any, shapes: list[torch.Size]) -> None:
+    if len(shapes) != 1 or len(shapes[0]) != 3:
+        raise _cannot(lm, f"its forward calls the LM head on inputs of shapes {[tuple(s) for s in shapes]}; expected one [B, S, D]")
+
+
+def _aux_loss(lm: Any, output: Any) -> Tensor | None:
+    """The auxiliary loss in a model's output, weighted as the model's own forward would."""
     # The names differ, the values do not: the coefficient by which the model's forward multiplies what it returns as `aux_loss`.
     aux = getattr(output, "aux_loss", None)
     if not isinstance(aux, Tensor):  # a plain 0 where no router ran
-        return seen[0], None
+        return None
     owners = (lm, lm.config, lm.config.get_text_config())
     for owner, name in ((o, n) for o in owners for n in ("router_aux_loss_coef", "aux_loss_coef")):
         if getattr(owner, name, None) is not None:
-            return seen[0], getattr(owner, name) * aux
+            return getattr(owner, name) * aux
     raise _cannot(lm, "it returns an auxiliary loss, but neither it nor its config has a router_aux_loss_coef")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights are whole only while the modules that hold them are called: under FSDP2 or DeepSpeed ZeRO-3."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever sharded the model
+    return any(hasattr(p, "ds_id") for p in model.parameters()) or (
+        fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
+    )
+
+
+@contextmanager
+def redirected(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """`module(...)`, hooks and wrappers included, runs `forward` meanwhile."""
+    own = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own  # type: ignore[method-assign]
 
 
 def head_of(model: nn.Module) -> Head:
@@ -114,16 +191,23 @@ def head_of(model: nn.Module) -> Head:
         ValueError: when the model has no plain `nn.Linear` as head, or treats its logits in a way that `Head` cannot express.
     """
     lm = _causal_lm(model)
-    linear = _linear(lm)
+    return _head(_linear(lm), _tail(lm))
+
+
+def _tail(lm: Any) -> _Tail:
     known = _TAILS.get(lm)
     numbers = _numbers(lm)
     if known is None or known.numbers != numbers:
-        known = _TAILS[lm] = _probe(lm, linear, numbers)
+        known = _TAILS[lm] = _probe(lm, _linear(lm), numbers)
+    return known
+
+
+def _head(linear: nn.Linear, tail: _Tail) -> Head:
     weight: Tensor = linear.weight
     bias: Tensor | None = linear.bias
-    if known.vocab != weight.shape[0]:
-        weight, bias = weight[: known.vocab], None if bias is None else bias[: known.vocab]
-    return Head(weight, bias, known.softcap, known.scale)
+    if tail.vocab != weight.shape[0]:
+        weight, bias = weight[: tail.vocab], None if bias is None else bias[: tail.vocab]
+    return Head(weight, bias, tail.softcap, tail.scale)
 
 
 @torch.no_grad()
@@ -143,9 +227,17 @@ def verify_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | No
     """
     lm = _causal_lm(model)
     inputs = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+    eps = 0.0
+
+    def split(hidden: Tensor, head: Head) -> Tensor:
+        nonlocal eps
+        eps = torch.finfo(hidden.dtype).eps
+        return head.finish(F.linear(hidden, head.weight, head.bias).double())
+
+    model = getattr(model, "_orig_mod", model)
     with _eval_mode(model):
-        hidden, head = hidden_states_and_head(model, **inputs)
-        ours = head.finish(F.linear(hidden, head.weight, head.bias).double())
+        with redirected(model, lambda **inputs: run_at_head(model, split, **inputs)[0]):
+            ours = model(**inputs)
         own = model(**inputs, return_dict=True).logits
     if ours.shape != own.shape:
         raise _cannot(lm, f"the split gives logits of shape {tuple(ours.shape)}, the model {tuple(own.shape)}")
@@ -154,7 +246,7 @@ def verify_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | No
     error = float((own - ours).abs().max())
     # The matrix product is the same; in the narrow types the model rounds a few elementwise operations that ours does in float64.
     # 1e-5 is for the wide ones: some models pass through float32, and in some bodies a GPU adds in another order each time.
-    tolerance = max(3 * torch.finfo(hidden.dtype).eps, 1e-5) * float(own.abs().max())
+    tolerance = max(3 * eps, 1e-5) * float(own.abs().max())
     if not error <= tolerance:
         raise _cannot(lm, f"the split's logits differ from the model's own by {error:.3g}; expected at most {tolerance:.3g}")
     return error
@@ -177,10 +269,10 @@ _GRID = (_TINY, _HUGE, -_HUGE, 0.0, 0.5, -1.0, 3.0, -7.0, 17.0, -40.0, 100.0, -3
 
 
 def _probe(lm: Any, linear: nn.Linear, numbers: dict[str, float]) -> _Tail:
-    device = linear.weight.device
+    device = _kept_weight(linear).device
     if device.type == "meta":
         raise _cannot(lm, "its head has no values: the weights are on the meta device (offloaded, or not loaded)")
-    n_vocab = linear.weight.shape[0]
+    n_vocab = _shape(_kept_weight(linear))[0]
     seen: list[Tensor] = []
 
     def chosen_logits(hidden: Tensor) -> Tensor:
@@ -194,9 +286,9 @@ def _probe(lm: Any, linear: nn.Linear, numbers: dict[str, float]) -> _Tail:
         return z.clone()
 
     embedding = lm.get_input_embeddings()
-    ids = torch.arange(2, device=device if embedding is None else embedding.weight.device)[None]
+    ids = torch.arange(2, device=device if embedding is None else _kept_weight(embedding).device)[None]
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _eval_mode(lm):
-        output = _forward(lm, chosen_logits, {"input_ids": ids})
+        output = _forward(lm, linear, chosen_logits, {"input_ids": ids})
     logits = getattr(output, "logits", None)
     if len(seen) != 1 or not isinstance(logits, Tensor) or logits.shape[:-1] != seen[0].shape[:-1] or logits.shape[-1] > n_vocab:
         raise _cannot(lm, "its logits are not the output of one call of its head")
@@ -216,22 +308,15 @@ def _probe(lm: Any, linear: nn.Linear, numbers: dict[str, float]) -> _Tail:
     raise _cannot(lm, "what it does to its logits is not softcap(scale * logits)")
 
 
-def _forward(lm: Any, head_forward: Callable[[Tensor], Tensor], inputs: dict[str, Any]) -> Any:
-    """The model's own forward, with `head_forward(hidden)` in place of the head's."""
+def _forward(lm: Any, linear: nn.Linear, head_forward: Callable[[Tensor], Any], inputs: dict[str, Any]) -> Any:
+    """The model's own forward, with `head_forward(hidden)` in place of that of its head, `linear`."""
     inputs = {"return_dict": True, **inputs}
     inputs.pop("labels", None)
     # Some pass it on to their body without naming it; a cache would make them forget that rows may be packed.
     if any("use_cache" in inspect.signature(type(part).forward).parameters for part in (lm, lm.base_model)):
         inputs.setdefault("use_cache", False)
-    head = lm.get_output_embeddings()
-    before = vars(head).get("forward")
-    head.forward = head_forward
-    try:
+    with redirected(linear, head_forward):
         return type(lm).forward(lm, **inputs)
-    finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
 
 
 def _causal_lm(model: Any) -> Any:
@@ -266,9 +351,21 @@ def _linear(lm: Any) -> nn.Linear:
         name = f"{type(head).__module__}.{type(head).__name__}"
         hint = "; put the head in modules_to_save instead of adapting it" if name.startswith("peft.") else ""
         raise _cannot(lm, f"its head is a {name}, expected a plain nn.Linear{hint}")
-    if head.weight.ndim != 2 or not head.weight.is_floating_point():
-        raise _cannot(lm, f"its head's weight is {tuple(head.weight.shape)} of {head.weight.dtype}, expected [V, D] of a floating dtype")
+    weight = _kept_weight(head)
+    if len(_shape(weight)) != 2 or not weight.is_floating_point():
+        raise _cannot(lm, f"its head's weight is {tuple(_shape(weight))} of {weight.dtype}, expected [V, D] of a floating dtype")
     return head
+
+
+def _kept_weight(module: Any) -> Tensor:
+    """A module's weight as it is kept: asked for as an attribute during a forward pass, DeepSpeed ZeRO-3 gathers it."""
+    parameters = dict(module.named_parameters(recurse=False))
+    found = parameters.get("weight")
+    return module.weight if found is None else found  # computed, where it has a parametrization
+
+
+def _shape(weight: Tensor) -> torch.Size:
+    return getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 keeps an empty tensor
 
 
 def _numbers(lm: Any) -> dict[str, float]:

@@ -32,6 +32,7 @@ KNOBS = (
     "teacher_scale",
     "teacher_softcap",
     "teacher_temperature",
+    "target_share",
     "normalizer",
 )
 
@@ -180,6 +181,9 @@ def _check_knobs(host: _Host, divergence: str, has_labels: bool, has_teacher: bo
             raise ValueError(f"{argument}scale: expected a finite number, got {scale:g}")
         if cap is not None and not (cap > 0 and math.isfinite(cap)):
             raise ValueError(f"{argument}softcap: expected a finite number > 0 or None, got {cap:g}")
+    share = knobs["target_share"]
+    if share is not None and not 0 <= share <= 1:
+        raise ValueError(f"teacher.share: expected a number in [0, 1], got {share:g}")
     for parameter, value in zip(DEFINITIONS[divergence].parameters, host.parameters, strict=True):
         if not parameter.contains(value):
             raise ValueError(f"divergence {divergence!r}: expected {parameter.name} in {parameter.domain}, got {value:g}")
@@ -211,6 +215,7 @@ def _row_spec(host: _Host, divergence: str) -> RowSpec:
         ce_share=1.0 - knobs["kd_ratio"],
         student=head("student"),
         teacher=head("teacher"),
+        target_share=1.0 if knobs["target_share"] is None else knobs["target_share"],
     )
 
 
@@ -285,31 +290,11 @@ def _kd(
     host = _read_host(
         labels, token_weight, counted, top, teacher is not None, knobs, absent, divergence, vocabulary, ignore_index, total
     )  # fmt: skip
-    spec = _row_spec(host, divergence)
     out = _Outputs(student, weight, bias, compute, need_student, need_weight, need_bias)
-    n = host.tokens
-    normalizer = host.weight_sum if host.knobs["normalizer"] is None else host.knobs["normalizer"]
-    # fp16 gradients wait for the backward pass as a multiple: most of a softmax over a large vocabulary would be flushed to 0.
-    boost = FP16_BOOST if student.dtype == torch.float16 else 1.0
-    out.scale.fill_(host.weight_max / normalizer / boost if n else 0.0)
-    out.tokens.fill_(n)
-    for share, mean in ((spec.kd_share, out.kd_mean), (spec.ce_share, out.ce_mean)):
-        mean.fill_(math.nan if share == 0 else 0.0)
-    if not n:
+    call = _prepare(host, _row_spec(host, divergence), out, student, labels, token_weight, counted)
+    if not host.tokens:
         return out.clear().as_tuple()
-
-    # The counted tokens first, in order: a stable sort of the mask puts them there without asking the device for their number again.
-    rows = None if counted is None or n == total else torch.argsort(counted, descending=True, stable=True)[:n]
-    if rows is not None:
-        out.d_student.zero_()
-    every = slice(0, n)
-    row_weight = torch.ones(n, dtype=compute, device=student.device)
-    if token_weight is not None:
-        row_weight = _gather(token_weight, rows, every)
-        row_weight = (row_weight.to(torch.promote_types(row_weight.dtype, compute)) / host.weight_max).to(compute)
-    targets = None if labels is None or spec.ce_share == 0 else _gather(labels, rows, every)
-    kd_values = torch.empty(n, dtype=compute, device=student.device) if spec.kd_share > 0 else None
-    ce_values = torch.empty(n, dtype=compute, device=student.device) if targets is not None else None
+    n, spec, rows, targets, kd_values, ce_values = host.tokens, call.spec, call.rows, call.targets, call.kd, call.ce
 
     dense = teacher if kd_values is not None and top is None else None
     chunks = _Chunks(student, weight, dense, teacher_weight, vocabulary, n, chunk_tokens, logits_dtype)
@@ -320,30 +305,75 @@ def _kd(
         zs, dz = chunks.student_buffers(x, out, rows is None, part)
         if weight is not None:
             gemm.logits(x, weight, zs)
-        w = row_weight[part] * boost
+        w = call.row_weight[part]
         y, kd_out, ce_out = (None if t is None else t[part] for t in (targets, kd_values, ce_values))
         if top is not None and kd_values is not None:
             ids, log_probs = _gather(top.ids, rows, part), _gather(top.log_probs, rows, part)
             log_tail = None if top.log_tail is None else _gather(top.log_tail, rows, part)
-            topk_torch.row_losses(zs, ids, log_probs, log_tail, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias)
+            _topk_function(impl)(zs, ids, log_probs, log_tail, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias)
         else:
             zt = None if dense is None else chunks.teacher_logits(_gather(dense, rows, part), teacher_weight)
             _row_function(impl)(zs, zt, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias, teacher_bias=shared_bias)
         if dz is not None:
             out.accumulate(dz, x, weight, rows, part, first=start == 0)
 
-    loss = torch.zeros((), dtype=torch.float64, device=student.device)
+    return _finish(host, call, out)
+
+
+class _Call(NamedTuple):
+    """The counted tokens of a call, n of them."""
+
+    spec: RowSpec
+    rows: Tensor | None  # [n] their indices, in order; None where all count
+    row_weight: Tensor  # [n], what weighs a row's gradient: at most `boost`
+    boost: float
+    targets: Tensor | None  # [n]
+    kd: Tensor | None  # [n] each, nats, to be written; None where not asked for
+    ce: Tensor | None
+
+
+def _normalizer(host: _Host) -> float:
+    return host.weight_sum if host.knobs["normalizer"] is None else host.knobs["normalizer"]
+
+
+def _prepare(host: _Host, spec: RowSpec, out: "_Outputs", student, labels, token_weight, counted) -> _Call:
+    """Write the outputs that the chunks do not, and gather what is small of the counted tokens."""
+    n, compute = host.tokens, out.loss.dtype
+    # fp16 gradients wait for the backward pass as a multiple: most of a softmax over a large vocabulary would be flushed to 0.
+    boost = FP16_BOOST if student.dtype == torch.float16 else 1.0
+    out.scale.fill_(host.weight_max / _normalizer(host) / boost if n else 0.0)
+    out.tokens.fill_(n)
+    for share, mean in ((spec.kd_share, out.kd_mean), (spec.ce_share, out.ce_mean)):
+        mean.fill_(math.nan if share == 0 else 0.0)
+    # The counted tokens first, in order: a stable sort of the mask puts them there without asking the device for their number again.
+    rows = None if counted is None or n == counted.numel() else torch.argsort(counted, descending=True, stable=True)[:n]
+    if rows is not None:
+        out.d_student.zero_()
+    every = slice(0, n)
+    row_weight = torch.full((n,), boost, dtype=compute, device=student.device)
+    if token_weight is not None:
+        w = _gather(token_weight, rows, every)
+        row_weight *= (w.to(torch.promote_types(w.dtype, compute)) / host.weight_max).to(compute)
+    targets = None if labels is None or spec.ce_share == 0 else _gather(labels, rows, every)
+    kd = torch.empty(n, dtype=compute, device=student.device) if spec.kd_share > 0 else None
+    ce = torch.empty(n, dtype=compute, device=student.device) if targets is not None else None
+    return _Call(spec, rows, row_weight, boost, targets, kd, ce)
+
+
+def _finish(host: _Host, call: _Call, out: "_Outputs"):
+    """From the terms of each token to the loss and its parts."""
+    loss = torch.zeros((), dtype=torch.float64, device=call.row_weight.device)
     for values, share, target, mean in (
-        (kd_values, spec.kd_share, out.kd, out.kd_mean),
-        (ce_values, spec.ce_share, out.ce, out.ce_mean),
+        (call.kd, call.spec.kd_share, out.kd, out.kd_mean),
+        (call.ce, call.spec.ce_share, out.ce, out.ce_mean),
     ):
         if values is not None:
-            loss += share * (row_weight * values).sum(dtype=torch.float64)
-            mean.copy_(values.sum(dtype=torch.float64) / n)
+            loss += share * (call.row_weight * values).sum(dtype=torch.float64)
+            mean.copy_(values.sum(dtype=torch.float64) / host.tokens)
         else:
-            values = torch.full((n,), math.nan, dtype=compute, device=student.device)
-        target.copy_(values) if rows is None else target.index_copy_(0, rows, values)
-    out.loss.copy_(loss * (host.weight_max / normalizer))
+            values = torch.full_like(call.row_weight, math.nan)
+        target.copy_(values) if call.rows is None else target.index_copy_(0, call.rows, values)
+    out.loss.copy_(loss * (host.weight_max / _normalizer(host) / call.boost))
     return out.as_tuple()
 
 
@@ -359,6 +389,14 @@ def _row_function(impl: str):
     from fastkd_kernels import rows  # needs Triton
 
     return rows.row_losses
+
+
+def _topk_function(impl: str):
+    if impl == "torch":
+        return topk_torch.row_losses
+    from fastkd_kernels import topk  # needs Triton
+
+    return topk.row_losses
 
 
 class _Outputs:
@@ -396,6 +434,9 @@ class _Outputs:
                 dx = torch.empty_like(x)
                 gemm.grad_hidden(dz, weight, dx)
                 self.d_student.index_copy_(0, rows[part], dx)
+        self.accumulate_head(dz, x, first)
+
+    def accumulate_head(self, dz, x, first):
         if self.need_weight:
             gemm.grad_weight(dz, x, self.d_weight, first)
         if self.need_bias:
@@ -471,8 +512,8 @@ def _(gradient, scale, dtype):
 
 def _refuse_double_backward(ctx, gradient):
     raise RuntimeError(
-        "double backward through fastkd's losses is not supported: they compute their gradients in the forward pass, without a graph of their"
-        " own; for second derivatives of a small problem differentiate fastkd.reference.reference_linear_kd"
+        "double backward through fastkd's losses is not supported: they compute their gradients in the forward pass, without a graph of"
+        " their own; for second derivatives of a small problem differentiate fastkd.reference.reference_linear_kd"
     )
 
 

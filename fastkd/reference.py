@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkd_kernels.divergences import DEFINITIONS
 
-from .signals import Signal, TeacherHidden, TeacherLogits, TeacherTopK
+from .signals import Signal, TeacherHidden, TeacherInterpolated, TeacherLogits, TeacherTopK
 
 __all__ = ["divergence_per_token", "final_logits", "reference_linear_kd"]
 
@@ -106,7 +106,10 @@ def reference_linear_kd(
         return student.sum() * 0.0
     per_token = student.new_zeros(())
     if kd_ratio > 0:
-        match teacher:
+        share, signal = 1.0, teacher
+        if isinstance(teacher, TeacherInterpolated):
+            share, signal = float(teacher.share), teacher.teacher
+        match signal:
             case TeacherHidden(hidden, w, bias, softcap, scale):
                 given: Tensor | TeacherTopK = final_logits(hidden[counted], w, bias, softcap, scale)
             case TeacherLogits(logits):
@@ -116,7 +119,12 @@ def reference_linear_kd(
             case None:
                 raise ValueError(f"teacher: kd_ratio = {kd_ratio:g} > 0 adds a divergence term, which needs a teacher, got None")
             case _:
-                raise TypeError(f"teacher: expected TeacherHidden, TeacherLogits, TeacherTopK or None, got {type(teacher).__name__}")
+                raise TypeError(f"teacher: expected a Signal or None, got {type(signal).__name__}")
+        if share != 1.0:
+            assert isinstance(given, Tensor)
+            shared = min(student.shape[-1], given.shape[-1])
+            own, given = student[..., :shared].detach(), given[..., :shared]
+            given = own if share == 0.0 else (1 - share) * own + share * given
         frozen = None if statistic is None else statistic[counted]
         kd = divergence_per_token(student, given, divergence, parameters, temperature, frozen)
         per_token = per_token + kd_ratio * (temperature**2 if temperature_squared else 1.0) * kd

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Signal", "TeacherHidden", "TeacherLogits", "TeacherTopK"]
+__all__ = ["Signal", "TeacherHidden", "TeacherInterpolated", "TeacherLogits", "TeacherTopK"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,4 +95,22 @@ class TeacherTopK:
         return cls(ids, log_probs, temperature, torch.full_like(log_probs[..., 0], -torch.inf))
 
 
-Signal = TeacherHidden | TeacherLogits | TeacherTopK
+@dataclass(frozen=True, eq=False)
+class TeacherInterpolated:
+    """A target on the way from the student to a teacher: final logits ``(1 - share) * student.detach() + share * teacher``.
+
+    The divergence compares the student with that distribution, at the loss's temperature; no gradient flows through the target. With
+    ``share`` rising to 1 in training and the forward KL this is TAID, whose target moves with the student.
+
+    Args:
+        teacher: the teacher's `TeacherHidden` or `TeacherLogits`. Its logits are interpolated over the shared vocabulary.
+        share: in [0, 1], TAID's t, a number or a 0-d tensor. 0 is the student itself (the divergence is 0), 1 the teacher.
+
+    Source: TAID, arXiv 2501.16937, equation 3.
+    """
+
+    teacher: TeacherHidden | TeacherLogits
+    share: float | Tensor
+
+
+Signal = TeacherHidden | TeacherLogits | TeacherTopK | TeacherInterpolated

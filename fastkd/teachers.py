@@ -26,10 +26,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 
 from .data import IGNORE, KDCollator
 from .files import json_hash, write_whole
-from .hf import Head, head_of, run_body
+from .hf import Head, head_of, is_sharded, redirected, run_at_head, run_body
 from .models import check_tokenizers, config_hash, fingerprint, load_model, load_tokenizer, model_files, outline
 from .preparation import check_head, pad_id, place
 from .signals import Signal, TeacherHidden, TeacherTopK
@@ -51,7 +52,9 @@ class TeacherSource:
     """What a teacher is made from.
 
     Args:
-        model: a name, a path, or a module. A module is never freed, nor moved away from where it is used unless ``park`` says so.
+        model: a name, a path, or a module. A module is never freed, nor moved away from where it is used unless ``park`` says so. It may be
+            sharded by `fully_shard`, or be the ``module`` of a DeepSpeed ZeRO-3 engine: its head is then gathered once per batch. A
+            teacher given by name or path is whole on each process.
         dtype: as in `fastkd.models.load_model`; None: the checkpoint's own.
         device: None: the trainer's.
         park: on leaving a stage keep the model in CPU memory instead of freeing it.
@@ -191,7 +194,7 @@ class Teachers:
         if isinstance(teacher.source.model, nn.Module):
             return teacher.source.model
         if teacher.outline is None:
-            with _named(name), _random_state_kept():
+            with _named(name), _random_state_kept(), _loaded_whole():
                 teacher.outline = outline(teacher.source.model, dtype=teacher.source.dtype, **_without(teacher.source.options, "layers"))
         return teacher.outline
 
@@ -232,7 +235,9 @@ class Teachers:
                 if isinstance(teacher.source.model, nn.Module):
                     body = teacher.source.model
                 elif body is None:
-                    body = load_model(teacher.source.model, dtype=teacher.source.dtype, **teacher.source.options).requires_grad_(False)
+                    with _loaded_whole():
+                        body = load_model(teacher.source.model, dtype=teacher.source.dtype, **teacher.source.options)
+                    body.requires_grad_(False)
                 if _device_of(body) != device and not getattr(body, "hf_device_map", None):
                     body.to(device)
                 body.eval()
@@ -253,8 +258,7 @@ class Teachers:
             head = self._stored_head(name) if teacher.body is None or teacher.parked else None
             if head is None:
                 head = head_of(self.model(name))
-            bias = None if head.bias is None else head.bias.detach().to(self.device)
-            teacher.head = Head(head.weight.detach().to(self.device), bias, head.softcap, head.scale)
+            teacher.head = _moved(head, self.device)
         return teacher.head
 
     # Signals.
@@ -276,8 +280,8 @@ class Teachers:
         """
         store = self.stores.get((name, split))
         if store is None:
-            hidden, _ = self._live(name, batch)
-            return _hidden_signal(hidden.to(self.device), self.head(name))
+            hidden, head = self._live(name, batch)
+            return _hidden_signal(hidden.to(self.device), _moved(head, self.device) if is_sharded(self.model(name)) else self.head(name))
         rows = self._stored(name, store, labels, index)
         counted = labels != IGNORE
 
@@ -308,6 +312,10 @@ class Teachers:
         device = _device_of(body)
         inputs = {key: value.to(device) for key, value in batch.items() if key not in _NOT_INPUTS}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the teacher keeps its own dtype
+            if is_sharded(body):
+                # The body's hooks gather its weights when it is called, and its head is whole inside the head's call alone.
+                with redirected(body, lambda **inputs: run_at_head(body, _kept, **inputs)[0]):
+                    return body(**inputs)
             hidden, _ = run_body(body, **inputs)
         return hidden, head_of(body)
 
@@ -362,6 +370,10 @@ class Teachers:
             raise StoreError(f"store.kind: {spec.kind} holds probabilities at one temperature, the plan has {shown}; expected kind hidden")
         pad = pad_id(self._tokenizer)
         for name in self.names if names is None else names:
+            if is_sharded(self.outline(name)):
+                raise StoreError(
+                    f"store: the teacher {name!r} is sharded; expected a name, a path, or a module that is whole on each process"
+                )
             teacher, identity = self._get(name), self._identity(name)
             expected = {
                 "teacher": identity,
@@ -541,6 +553,16 @@ def _hidden_signal(hidden: Tensor, head: Head) -> TeacherHidden:
     return TeacherHidden(hidden, head.weight, head.bias, head.softcap, head.scale)
 
 
+def _kept(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    bias = None if head.bias is None else head.bias.clone()
+    return hidden, dataclasses.replace(head, weight=head.weight.clone(), bias=bias)
+
+
+def _moved(head: Head, device: torch.device) -> Head:
+    bias = None if head.bias is None else head.bias.detach().to(device)
+    return dataclasses.replace(head, weight=head.weight.detach().to(device), bias=bias)
+
+
 def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -557,6 +579,26 @@ def _named(name: str) -> Iterator[None]:
     except Exception as error:  # libraries raise all kinds for files that do not suit, and kinds that take more than a text
         kind = next((kind for kind in (TypeError, ValueError, FileNotFoundError) if isinstance(error, kind)), None)
         raise (kind or ValueError)(f"teacher {name!r}: {error if kind else f'{type(error).__name__}: {error}'}") from error
+
+
+@contextmanager
+def _loaded_whole() -> Iterator[None]:
+    """Models are loaded whole on each process meanwhile.
+
+    Under DeepSpeed ZeRO-3 transformers loads any model in shards, under FSDP it leaves those of all processes but one empty: for the
+    student's wrapper to come, which a teacher does not get.
+    """
+    config = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    variable = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    frugal = os.environ.pop(variable, None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None and (kept := config()) is not None:
+            deepspeed.set_hf_deepspeed_config(kept)
+        if frugal is not None:
+            os.environ[variable] = frugal
 
 
 @contextmanager

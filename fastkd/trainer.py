@@ -25,7 +25,7 @@ from .arguments import KDConfig
 from .data import KDCollator
 from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
-from .hf import Head, head_of, run_body
+from .hf import Head, head_of, is_sharded, redirected, run_at_head
 from .models import load_tokenizer
 from .pacing import DUMMY, StageCallback, filled_plan, learning_rate_factor, plan_loader, sample_table, schedule_for, teacher_of
 from .packing import suited_to
@@ -80,11 +80,12 @@ class _Sums:
 class KDTrainer(Trainer):
     """Distils teachers into a student, by a plan.
 
-    Each model's body runs without its head; the heads meet in `fused_linear_kd`, inside the wrapped student's forward, so that DDP
-    synchronises. The loss is a mean over the counted tokens of the global batch, however it is split into devices and accumulation
-    steps. A teacher runs in eval mode, without gradients, in its own dtype; only those that the plan's current stage needs are in memory.
-    Which samples a step has, which teacher and which knobs, the plan alone says: the order of the samples does not depend on the number of
-    processes, and a run that is resumed goes on as if it had not been interrupted.
+    Each model's body runs without its head; the heads meet in `fused_linear_kd`, inside the call of the student's head, so that DDP,
+    FSDP2 and DeepSpeed see one forward, and those that shard gather its weight once in it. The loss is a mean over the counted tokens of
+    the global batch, however it is split into devices and accumulation steps. A teacher runs in eval mode, without gradients, in its own
+    dtype; only those that the plan's current stage needs are in memory. Which samples a step has, which teacher and which knobs, the plan
+    alone says: the order of the samples does not depend on the number of processes, and a run that is resumed goes on as if it had not
+    been interrupted.
 
     Args:
         model: the student: a name, a path, or a `PreTrainedModel`.
@@ -228,9 +229,11 @@ class KDTrainer(Trainer):
             assert point.teacher is not None  # `Plan.filled` has seen to it
             signal = self.teachers.signal(point.teacher, batch, labels, index, split="train")
 
+        def at_head(hidden, head):
+            return self._fused(point, hidden, head, signal, labels, num_items_in_batch)
+
         def forward(student, batch):
-            hidden, aux_loss = run_body(student, **batch)
-            loss, parts = self._fused(point, hidden, head_of(student), signal, labels, num_items_in_batch)
+            (loss, parts), aux_loss = run_at_head(student, at_head, **batch)
             if aux_loss is not None:
                 # Weighted by the micro-batch's share of the tokens. How evenly a router balances depends on the micro-batch, so that
                 # this term, unlike the loss itself, is not the same however a batch is split.
@@ -271,7 +274,7 @@ class KDTrainer(Trainer):
     def _in_student(self, model: nn.Module, forward: Callable, batch: Mapping[str, Tensor]) -> Any:
         """Call the wrapped student with ``forward(student, batch)`` in place of its own forward."""
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with _redirected(student, lambda **inputs: forward(student, inputs)), self.accelerator.autocast():
+        with redirected(student, lambda **inputs: forward(student, inputs)), self.accelerator.autocast():
             return model(**batch)
 
     def _account(self, loss_sum: Tensor, parts: LossParts, point: Point, index: Tensor | None) -> None:
@@ -376,13 +379,13 @@ class KDTrainer(Trainer):
         if self.eval_teacher is not None:
             signal = self.teachers.signal(self.eval_teacher, batch, labels, index, split=split)
 
-        def forward(student, batch):
-            hidden, _ = run_body(student, **batch)
-            # A store of probabilities has one temperature, and no other stage distils at another.
-            temperature = signal.temperature if isinstance(signal, TeacherTopK) else point.temperature
-            return token_metrics(hidden, head_of(student), signal, labels, self.args.divergence, point.parameters, temperature)
+        # A store of probabilities has one temperature, and no other stage distils at another.
+        temperature = signal.temperature if isinstance(signal, TeacherTopK) else point.temperature
 
-        found = self._in_student(model, forward, batch)
+        def at_head(hidden, head):
+            return token_metrics(hidden, head, signal, labels, self.args.divergence, point.parameters, temperature)
+
+        found, _ = self._in_student(model, lambda student, batch: run_at_head(student, at_head, **batch), batch)
         factor = point.temperature**2 if self.args.temperature_squared else 1.0
         loss = torch.zeros_like(found["ce"])
         for share, term in ((point.kd_ratio * factor, found["kd"]), (1 - point.kd_ratio, found["ce"])):
@@ -489,7 +492,7 @@ class KDTrainer(Trainer):
                 facts={name: getattr(args, name) for name in ("max_length", "completion_only_loss", "chat_template")},
                 names=[name for name in self.teachers.names if name in teachers],
                 temperatures=temperatures,
-                vocabulary=len(head_of(student).weight),
+                vocabulary=None if is_sharded(student) else len(head_of(student).weight),
                 collate=self.data_collator,
             )
 
@@ -633,20 +636,6 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
         yield
     finally:
         vars(owner).update(before)
-
-
-@contextlib.contextmanager
-def _redirected(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """``module(...)``, hooks and wrappers included, runs ``forward`` meanwhile."""
-    own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
 
 
 def _padded(arrays: tuple[np.ndarray, ...]) -> np.ndarray:

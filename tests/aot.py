@@ -1,6 +1,6 @@
-"""Registers, stack and spills of the row kernel, compiled ahead of time for GPUs that need not be there.
+"""Registers, stack and spills of the row kernels, compiled ahead of time for GPUs that need not be there.
 
-    python tests/aot.py [report.json]
+    python tests/aot.py [--few] [report.json]
 
 Needs a process in which Triton was not imported with TRITON_INTERPRET set.
 """
@@ -17,46 +17,71 @@ from pathlib import Path
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_89": ("cuda", 89, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
 WIDTH = 151936
-POINTERS = ("zs_ptr", "zt_ptr", "dz_ptr", "bs_ptr", "bt_ptr", "label_ptr", "weight_ptr", "kd_ptr", "ce_ptr")
-INTEGERS = ("s_zs", "s_zt", "s_dz", "V_s", "V")
+# For --few: the sparse teachers' kernel calls a divergence on the listed tokens alone, and its sweeps are the same for all. Here are the
+# plainest, the one that takes the most registers, and the one with a statistic.
+FEW = ("forward_kl", "skew_forward_kl", "adaptive_kl")
 
 
 def compile_row_kernel(divergence: str, target: str, width: int = WIDTH, dtype: str = "bf16") -> dict:
-    """Compile the row kernel with everything switched on (KD, CE, gradient, biases, softcaps) at its chosen block and warps.
+    """Compile the row kernel with everything switched on (KD, CE, gradient, biases, softcaps; not a moving target), at its block and warps.
 
     Args:
         divergence: a name in `fastkd.DIVERGENCES`. target: a name in `TARGETS`. width: logits per row.
         dtype: Triton's name for the gradient's and the biases' dtype; the logits are fp32.
 
     Returns:
-        divergence, target, block, warps, registers, stack_bytes, spills (registers on AMD; on NVIDIA spills are part of the stack).
+        kernel, divergence, target, block, warps, registers, stack_bytes, spills (registers on AMD; on NVIDIA spills are part of the stack).
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from fastkd_kernels import rows
     from fastkd_kernels.configs import row_config
     from fastkd_kernels.divergences import DEFINITIONS
 
-    if rows.interpreted():
-        raise RuntimeError("Triton was imported with TRITON_INTERPRET set; compile in another process")
     definition = DEFINITIONS[divergence]
     block, warps = row_config(width)
     constants = {
         "TILE": definition.tile, "CENTERED": definition.centered, "STATISTIC": definition.statistic is not None,
-        "NEED_KD": True, "NEED_CE": True, "NEED_DZ": True, "BIAS_S": True, "BIAS_T": True, "CAP_S": True, "CAP_T": True, "BLOCK": block,
+        "NEED_KD": True, "NEED_CE": True, "NEED_DZ": True, "BIAS_S": True, "BIAS_T": True, "CAP_S": True, "CAP_T": True, "MOVING": False,
+        "BLOCK": block,
     }  # fmt: skip
-    types = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(INTEGERS, "i32")
-    types |= {"dz_ptr": f"*{dtype}", "bs_ptr": f"*{dtype}", "bt_ptr": f"*{dtype}", "label_ptr": "*i64"}
-    names = rows._row_kernel.arg_names
+    integers = dict.fromkeys(("s_zs", "s_zt", "s_dz", "V_s", "V"), width)
+    report = _compile(rows._row_kernel, constants, integers, target, warps, dtype)
+    return {"kernel": "rows", "divergence": divergence, "target": target, "block": block, "warps": warps, **report}
+
+
+def compile_topk_kernel(divergence: str, target: str, width: int = WIDTH, dtype: str = "bf16") -> dict:
+    """`compile_row_kernel` for the kernel of sparse teachers, at its largest block of listed tokens."""
+    from fastkd_kernels import topk
+    from fastkd_kernels.configs import row_config
+    from fastkd_kernels.divergences import DEFINITIONS
+
+    definition = DEFINITIONS[divergence]
+    block, warps = row_config(width)
+    constants = {
+        "TILE": definition.tile, "STATISTIC": definition.statistic is not None, "NEED_CE": True, "NEED_DZ": True, "BIAS": True, "CAP": True,
+        "BLOCK": block, "BLOCK_K": topk.BLOCK_K,
+    }  # fmt: skip
+    integers = dict.fromkeys(("s_zs", "s_dz", "V"), width) | {"words": -(-width // 32), "K": topk.BLOCK_K}
+    report = _compile(topk._topk_kernel, constants, integers, target, warps, dtype)
+    return {"kernel": "topk", "divergence": divergence, "target": target, "block": block, "warps": warps, **report}
+
+
+def _compile(kernel, constants: dict, integers: dict[str, int], target: str, warps: int, dtype: str) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(kernel, triton.JITFunction):
+        raise RuntimeError("Triton was imported with TRITON_INTERPRET set; compile in another process")
+    names = kernel.arg_names
+    types = {name: "*fp32" for name in names if name.endswith("_ptr")} | dict.fromkeys(integers, "i32")
+    types |= {"dz_ptr": f"*{dtype}", "bs_ptr": f"*{dtype}", "bt_ptr": f"*{dtype}"}
+    types |= {"label_ptr": "*i64", "bits_ptr": "*i32", "id_ptr": "*i32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in names}
-    # The hints a launch with aligned tensors and this width gives.
-    aligned = [i for i, name in enumerate(names) if name in POINTERS or (name in INTEGERS and width % 16 == 0)]
-    source = ASTSource(rows._row_kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    kernel = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps})
-    report = _amd_resources(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia_resources(kernel.asm["cubin"])
-    return {"divergence": divergence, "target": target, "block": block, "warps": warps, **report}
+    # The hints a launch with aligned tensors and these widths gives.
+    aligned = [i for i, name in enumerate(names) if name.endswith("_ptr") or integers.get(name, 1) % 16 == 0]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options={"num_warps": warps})
+    return _amd_resources(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _nvidia_resources(compiled.asm["cubin"])
 
 
 def _amd_resources(assembly: str) -> dict:
@@ -87,27 +112,29 @@ def _nvidia_resources(cubin: bytes) -> dict:
     return {"registers": int(found[1]), "stack_bytes": int(found[2]), "spills": int(found[3])}
 
 
-def report(divergences: list[str] | None = None, targets: list[str] | None = None, processes: int = 2) -> list[dict]:
-    """A row of `compile_row_kernel` for each divergence and target."""
+def report(few: bool = False, processes: int = 2) -> list[dict]:
+    """A row of `compile_row_kernel` and one of `compile_topk_kernel` (of the latter a `FEW`) for each divergence and target."""
     from fastkd_kernels.divergences import DEFINITIONS
 
-    jobs = [(d, t) for d in (divergences or DEFINITIONS) for t in (targets or TARGETS)]
+    jobs = [(compile_row_kernel, d, t) for d in DEFINITIONS for t in TARGETS]
+    jobs += [(compile_topk_kernel, d, t) for d in (FEW if few else DEFINITIONS) for t in TARGETS]
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(compile_row_kernel, *zip(*jobs, strict=True)))
+        return [job.result() for job in [pool.submit(*job) for job in jobs]]
 
 
 def report_in_subprocess() -> list[dict]:
-    """`report` from a process in which Triton may be interpreting."""
+    """`report` of a few from a process in which Triton may be interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, "--few"], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"compiling ahead of time failed:\n{done.stderr}")
     return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
-    text = json.dumps(report(), indent=1)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text + "\n")
+    arguments = [x for x in sys.argv[1:] if x != "--few"]
+    text = json.dumps(report("--few" in sys.argv), indent=1)
+    if arguments:
+        Path(arguments[0]).write_text(text + "\n")
     else:
         print(text)

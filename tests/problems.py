@@ -2,14 +2,14 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastkd import TeacherHidden, TeacherLogits, TeacherTopK, divergence, fused_linear_kd
+from fastkd import TeacherHidden, TeacherInterpolated, TeacherLogits, TeacherTopK, divergence, fused_linear_kd
 from fastkd.reference import reference_linear_kd
 
 
@@ -19,7 +19,7 @@ class Problem:
 
     hidden: Tensor
     weight: Tensor
-    teacher: TeacherHidden | TeacherLogits | TeacherTopK | None
+    teacher: TeacherHidden | TeacherLogits | TeacherTopK | TeacherInterpolated | None
     labels: Tensor | None = None
     bias: Tensor | None = None
     name: str = "forward_kl"
@@ -35,12 +35,13 @@ class Problem:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         def cast(x):
+            if is_dataclass(x):  # a teacher, which may hold another one
+                return type(x)(**{k: cast(v) for k, v in vars(x).items()})
             return function(x) if isinstance(x, Tensor) else x
 
-        teacher = self.teacher and type(self.teacher)(**{k: cast(v) for k, v in vars(self.teacher).items()})
         options = {k: cast(v) for k, v in self.options.items()}
-        tensors = {k: cast(getattr(self, k)) for k in ("hidden", "weight", "labels", "bias")}
-        return replace(self, teacher=teacher, options=options, **tensors)
+        tensors = {k: cast(getattr(self, k)) for k in ("hidden", "weight", "teacher", "labels", "bias")}
+        return replace(self, options=options, **tensors)
 
     def with_options(self, **options) -> "Problem":
         return replace(self, options={**self.options, **options})
@@ -91,6 +92,27 @@ def make(
         y = torch.randint(width, leading)
         y[torch.rand(leading) < masked] = -100
     return Problem(hidden, weight, teacher, y, b, name, dict(parameters or {}), options)
+
+
+def teacher_logits(problem: Problem) -> Tensor:
+    teacher = problem.teacher
+    assert isinstance(teacher, TeacherLogits | TeacherHidden)
+    return teacher.logits if isinstance(teacher, TeacherLogits) else teacher.hidden @ teacher.weight.T
+
+
+def sparse(problem: Problem, k: int, *, padding: int = 0, tail: bool = True, **changes: Any) -> Problem:
+    """The problem with its teacher's k most probable tokens, and ``padding`` entries whose ids repeat listed ones and unlisted ones."""
+    temperature = problem.options.get("temperature", 1.0)
+    top = TeacherTopK.from_logits(teacher_logits(problem), k, temperature)
+    ids, log_probs = top.ids, top.log_probs
+    if padding:
+        more = torch.randint(problem.weight.shape[0], (*ids.shape[:-1], padding))
+        more[..., 0] = ids[..., 0]
+        order = torch.randperm(k + padding)
+        ids = torch.cat([ids, more], -1)[..., order]
+        log_probs = torch.cat([log_probs, torch.full(more.shape, -torch.inf, dtype=log_probs.dtype)], -1)[..., order]
+    listed = TeacherTopK(ids, log_probs, temperature, top.log_tail if tail else None)
+    return replace(problem, teacher=listed, options={**problem.options, **changes})
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,11 @@ def test_opcheck(name):
 
     problem = make(name, leading=(5,), width=11, dtype=torch.float32)
     parameters = [p.default for p in DIVERGENCES[name].parameters]
-    knobs = torch.tensor([1.5, 0.5, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, *parameters], dtype=torch.float64)
+    knobs = torch.tensor([1.5, 0.5, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, *parameters], dtype=torch.float64)
     arguments = (
         problem.hidden.requires_grad_(), problem.weight.requires_grad_(), None,
         problem.teacher.hidden, problem.teacher.weight, None, None, None,
-        problem.labels, None, knobs, "student_softcap teacher_softcap teacher_temperature normalizer", name, "torch", -100, 2,
+        problem.labels, None, knobs, "student_softcap teacher_softcap teacher_temperature target_share normalizer", name, "torch", -100, 2,
         torch.float32, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(ops.kd, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

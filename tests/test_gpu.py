@@ -1,5 +1,10 @@
 """The kernels on a GPU against the float64 oracle."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,10 +12,40 @@ from fastkd import TeacherHidden, fused_linear_kd, gemm
 from fastkd_kernels import rows_torch
 
 from .divergence_cases import ALL, DEFAULTS
-from .problems import assert_within_rule, fused, make, oracle, relative_error
+from .problems import assert_within_rule, fused, make, oracle, relative_error, sparse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+# Odd widths, unequal vocabularies, masked tokens, two terms, and a gradient that overwrites its logits in a narrower dtype.
+SANITIZED = """
+import torch
+from fastkd import TeacherHidden, fused_linear_kd
+torch.manual_seed(0)
+new = dict(device="cuda", dtype=torch.bfloat16)
+hidden, weight = torch.randn(7, 16, **new, requires_grad=True), torch.randn(5003, 16, **new, requires_grad=True)
+teacher = TeacherHidden(torch.randn(7, 24, **new), torch.randn(4999, 24, **new))
+labels = torch.tensor([1, -100, 5002, 3, 0, -100, 4999], device="cuda")
+for divergence in ("forward_kl", "jsd"):
+    fused_linear_kd(hidden, weight, teacher, labels, divergence=divergence, kd_ratio=0.5, chunk_tokens=3, impl="triton").backward()
+torch.cuda.synchronize()
+assert weight.grad.isfinite().all()
+"""
+
+
+def test_compute_sanitizer_finds_nothing():
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+    # Each tensor an allocation of its own: a step beyond its end is then a step beyond what is allocated.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    text = done.stdout + done.stderr
+    if "Device not supported" in text:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0, text[-4000:]
+    assert "ERROR SUMMARY: 0 errors" in text
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +77,11 @@ def test_real_vocabularies(dtype, width):
     assert_within_rule(fused(problem, impl="triton"), oracle(problem, dtype=None), oracle(problem))
 
 
-@pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("output_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("logits_dtype", "output_dtype"),
+    [(torch.float32, torch.float32), *((logits, to) for to in (torch.bfloat16, torch.float16) for logits in (torch.float32, to))],
+    ids=str,
+)
 @pytest.mark.parametrize(("name", "parameters"), DEFAULTS)
 def test_rows_with_poisoned_outputs_and_narrow_views(name, parameters, output_dtype, logits_dtype):
     from fastkd import DIVERGENCES
@@ -69,19 +107,16 @@ def test_rows_with_poisoned_outputs_and_narrow_views(name, parameters, output_dt
     separate = {"dz": torch.full((n, width), torch.nan, device="cuda", dtype=output_dtype), **poisoned(torch.float32)}
     rows.row_losses(student, teacher, labels, weight, spec, **separate, student_bias=bias)
     over = student.clone()
-    narrow = over if output_dtype == logits_dtype else over.view(torch.bfloat16)[:, :width] if logits_dtype == torch.float32 else None
-    runs = [separate]
-    if narrow is not None:  # dz over the logits themselves
-        runs.append({"dz": narrow, **poisoned(torch.float32)})
-        rows.row_losses(over, teacher, labels, weight, spec, **runs[-1], student_bias=bias)
-    for run in runs:
+    narrow = over if output_dtype == logits_dtype else over.view(output_dtype)[:, :width]
+    in_place = {"dz": narrow, **poisoned(torch.float32)}  # over the logits themselves
+    rows.row_losses(over, teacher, labels, weight, spec, **in_place, student_bias=bias)
+    for run in (separate, in_place):
         for key in ("dz", "kd", "ce"):
             assert not run[key].isnan().any()
         assert relative_error(run["dz"], expected["dz"]) < (1e-4 if output_dtype == torch.float32 else 5e-3)
         assert relative_error(run["kd"], expected["kd"]) < 1e-4
         assert relative_error(run["ce"], expected["ce"]) < 1e-4
-    if len(runs) == 2:  # reading what is being overwritten changes nothing
-        assert torch.equal(runs[0]["dz"], runs[1]["dz"])
+    assert torch.equal(separate["dz"], in_place["dz"])  # reading what is being overwritten changes nothing
 
 
 def test_triton_is_what_auto_chooses():
@@ -158,3 +193,53 @@ def test_mixed_products_are_used_where_the_device_has_them(dtype):
     if torch.cuda.get_device_capability()[0] < 8:
         pytest.skip("an older GPU")
     assert gemm.has_mixed_mm(torch.device("cuda", 0), dtype)
+
+
+@pytest.mark.parametrize(
+    ("k", "logits_dtype", "output_dtype"),  # not all combinations: each is a kernel to compile
+    [(1500, torch.float32, torch.float32), (64, torch.float32, torch.bfloat16), (1, torch.float16, torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["forward_kl", "skew_reverse_kl", "adaptive_kl"])
+def test_sparse_teachers_with_poisoned_outputs_and_narrow_views(name, k, output_dtype, logits_dtype):
+    from fastkd import DIVERGENCES, TeacherTopK
+    from fastkd_kernels import topk, topk_torch
+    from fastkd_kernels.spec import Head, RowSpec
+
+    n, width = 37, 50257
+    values = tuple(p.default for p in DIVERGENCES[name].parameters)
+    a, b = (*values, 0.0, 0.0)[:2]
+    spec = RowSpec(DIVERGENCES[name].at(values), a, b, 1.5, 2.25, 0.6, 0.4, Head(20.0, 0.9))
+    student = (6 * torch.randn(n, width, device="cuda")).to(logits_dtype)
+    top = TeacherTopK.from_logits(6 * torch.randn(n, width, device="cuda"), k, 1.5)
+    labels, weight = torch.randint(width, (n,), device="cuda"), torch.rand(n, device="cuda")
+    bias = torch.randn(width, device="cuda")
+
+    def outputs(dz):
+        kd = torch.full((n,), torch.nan, device="cuda", dtype=torch.promote_types(dz.dtype, torch.float32))
+        return {"dz": dz, "kd": kd, "ce": kd.clone()}
+
+    expected = outputs(torch.full((n, width), torch.nan, device="cuda", dtype=torch.float64))
+    topk_torch.row_losses(
+        student.double(), top.ids, top.log_probs, top.log_tail, labels, weight.double(), spec, **expected, student_bias=bias.double()
+    )  # fmt: skip
+    over = student.clone()
+    narrow = over if output_dtype == logits_dtype else over.view(output_dtype)[:, :width]
+    runs = [(student, outputs(torch.full((n, width), torch.nan, device="cuda", dtype=output_dtype))), (over, outputs(narrow))]
+    for logits, run in runs:
+        topk.row_losses(logits, top.ids, top.log_probs, top.log_tail, labels, weight, spec, **run, student_bias=bias)
+        for key in ("dz", "kd", "ce"):
+            assert not run[key].isnan().any()
+        assert relative_error(run["dz"], expected["dz"]) < (1e-4 if output_dtype == torch.float32 else 5e-3)
+        assert relative_error(run["kd"], expected["kd"]) < 1e-4
+        assert relative_error(run["ce"], expected["ce"]) < 1e-4
+    assert torch.equal(runs[0][1]["dz"], runs[1][1]["dz"])  # reading what is being overwritten changes nothing
+
+
+@pytest.mark.parametrize(("name", "parameters"), DEFAULTS)
+def test_sparse_teachers_keep_the_error_rule(name, parameters):
+    problem = make(name, parameters, leading=(96,), width=9001, d_student=64, std=8.0, temperature=1.5, kd_ratio=0.8, chunk_tokens=40)
+    problem = sparse(problem, 30, padding=2).to(torch.bfloat16).to_device("cuda")
+    result = fused(problem, impl="triton")
+    assert torch.equal(result.loss, fused(problem).loss)  # what auto chooses
+    assert_within_rule(result, oracle(problem, dtype=None), oracle(problem))

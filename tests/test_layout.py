@@ -22,6 +22,7 @@ LOSS = {
     "ops": {"signals", "reference", "gemm"},
     "functional": {"signals", "reference", "gemm", "ops"},
     "losses": {"signals", "reference", "gemm", "ops", "functional"},
+    "parallel": {"signals", "reference", "gemm", "ops", "functional"},
     "__init__": {"_version", "signals", "functional", "losses"},
 }
 

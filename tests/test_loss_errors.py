@@ -127,7 +127,6 @@ CASES = [
         ValueError,
         ["divergence 'alpha_beta'", "TeacherTopK", "alpha + beta = 1", "alpha = 0.5, beta = 0.7"],
     ),
-    ("top-k by triton", {"teacher": top(), "impl": "triton"}, ValueError, ["impl", "'triton'", "TeacherTopK", "'auto'"]),
     # no teacher
     ("no teacher", {"teacher": None}, ValueError, ["teacher", "kd_ratio = 0.5", "None"]),
     ("no teacher, tensor", {"teacher": None, "kd_ratio": torch.tensor(0.25)}, ValueError, ["teacher", "kd_ratio = 0.25", "None"]),

@@ -35,6 +35,17 @@ def _load_logits(x_ptr, bias_ptr, o, width, scale, softcap, HAS_BIAS: tl.constex
 
 
 @triton.jit
+def _load_target(
+    zt_ptr, bias_ptr, zs, o, width, scale, softcap, share, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, MOVING: tl.constexpr
+):  # fmt: skip
+    """The teacher's final logits; with MOVING interpolated with the student's, ``zs``."""
+    z = _load_logits(zt_ptr, bias_ptr, o, width, scale, softcap, HAS_BIAS, HAS_CAP)
+    if MOVING:
+        z = tl.where(share == 0.0, zs, (1.0 - share) * zs + share * z)
+    return z
+
+
+@triton.jit
 def _log_prob(z, top, log_sum, inv_t):
     return (z - top) * inv_t - log_sum
 
@@ -43,10 +54,11 @@ def _log_prob(z, top, log_sum, inv_t):
 def _row_kernel(
     zs_ptr, zt_ptr, dz_ptr, bs_ptr, bt_ptr, label_ptr, weight_ptr, kd_ptr, ce_ptr,
     s_zs, s_zt, s_dz, V_s, V,
-    inv_t, a, b, kd_factor, kd_share, ce_share, scale_s, softcap_s, scale_t, softcap_t,
+    inv_t, a, b, kd_factor, kd_share, ce_share, scale_s, softcap_s, scale_t, softcap_t, target_share,
     TILE: tl.constexpr, CENTERED: tl.constexpr, STATISTIC: tl.constexpr,
     NEED_KD: tl.constexpr, NEED_CE: tl.constexpr, NEED_DZ: tl.constexpr,
-    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    MOVING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     zs_ptr += i_row * s_zs
@@ -64,13 +76,13 @@ def _row_kernel(
     sum_1 = 0.0
     if NEED_KD:
         for o in range(0, V, BLOCK):
-            z = _load_logits(zs_ptr, bs_ptr, o + o_block, V, scale_s, softcap_s, BIAS_S, CAP_S)
-            top = tl.maximum(top_s, tl.max(z, 0))
-            sum_s = sum_s * tl.exp((top_s - top) * inv_t) + tl.sum(tl.exp((z - top) * inv_t), 0)
+            zs = _load_logits(zs_ptr, bs_ptr, o + o_block, V, scale_s, softcap_s, BIAS_S, CAP_S)
+            top = tl.maximum(top_s, tl.max(zs, 0))
+            sum_s = sum_s * tl.exp((top_s - top) * inv_t) + tl.sum(tl.exp((zs - top) * inv_t), 0)
             if NEED_CE:
-                sum_1 = sum_1 * tl.exp(top_s - top) + tl.sum(tl.exp(z - top), 0)
+                sum_1 = sum_1 * tl.exp(top_s - top) + tl.sum(tl.exp(zs - top), 0)
             top_s = top
-            z = _load_logits(zt_ptr, bt_ptr, o + o_block, V, scale_t, softcap_t, BIAS_T, CAP_T)
+            z = _load_target(zt_ptr, bt_ptr, zs, o + o_block, V, scale_t, softcap_t, target_share, BIAS_T, CAP_T, MOVING)
             top = tl.maximum(top_t, tl.max(z, 0))
             sum_t = sum_t * tl.exp((top_t - top) * inv_t) + tl.sum(tl.exp((z - top) * inv_t), 0)
             top_t = top
@@ -93,15 +105,16 @@ def _row_kernel(
     share = 0.0
     if NEED_KD and STATISTIC:
         share = _forward_share(zs_ptr, zt_ptr, bs_ptr, bt_ptr, V, inv_t, a, top_s, log_s, top_t, log_t,
-                               scale_s, softcap_s, scale_t, softcap_t, BIAS_S, BIAS_T, CAP_S, CAP_T, BLOCK)  # fmt: skip
+                               scale_s, softcap_s, scale_t, softcap_t, target_share,
+                               BIAS_S, BIAS_T, CAP_S, CAP_T, MOVING, BLOCK)  # fmt: skip
 
     sum_g = 0.0
     sum_h = 0.0
     if NEED_KD and not (CENTERED and NEED_DZ):
         for o in range(0, V, BLOCK):
-            z = _load_logits(zs_ptr, bs_ptr, o + o_block, V, scale_s, softcap_s, BIAS_S, CAP_S)
-            log_q = _log_prob(z, top_s, log_s, inv_t)
-            z = _load_logits(zt_ptr, bt_ptr, o + o_block, V, scale_t, softcap_t, BIAS_T, CAP_T)
+            zs = _load_logits(zs_ptr, bs_ptr, o + o_block, V, scale_s, softcap_s, BIAS_S, CAP_S)
+            log_q = _log_prob(zs, top_s, log_s, inv_t)
+            z = _load_target(zt_ptr, bt_ptr, zs, o + o_block, V, scale_t, softcap_t, target_share, BIAS_T, CAP_T, MOVING)
             g, h = TILE(_log_prob(z, top_t, log_t, inv_t), log_q, a, b, share)
             sum_g += tl.sum(g, 0)
             sum_h += tl.sum(h, 0)
@@ -114,7 +127,7 @@ def _row_kernel(
                 o_v = o + o_block
                 zs = _load_logits(zs_ptr, bs_ptr, o_v, V, scale_s, softcap_s, BIAS_S, CAP_S)
                 log_q = _log_prob(zs, top_s, log_s, inv_t)
-                z = _load_logits(zt_ptr, bt_ptr, o_v, V, scale_t, softcap_t, BIAS_T, CAP_T)
+                z = _load_target(zt_ptr, bt_ptr, zs, o_v, V, scale_t, softcap_t, target_share, BIAS_T, CAP_T, MOVING)
                 g, h = TILE(_log_prob(z, top_t, log_t, inv_t), log_q, a, b, share)
                 if CENTERED:
                     sum_g += tl.sum(g, 0)
@@ -145,8 +158,8 @@ def _row_kernel(
 
 @triton.jit
 def _forward_share(
-    zs_ptr, zt_ptr, bs_ptr, bt_ptr, V, inv_t, mu, top_s, log_s, top_t, log_t, scale_s, softcap_s, scale_t, softcap_t,
-    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK: tl.constexpr,
+    zs_ptr, zt_ptr, bs_ptr, bt_ptr, V, inv_t, mu, top_s, log_s, top_t, log_t, scale_s, softcap_s, scale_t, softcap_t, target_share,
+    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, MOVING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """adaptive_kl's weight of the forward KL; the steps are those of `rows_torch._forward_share`."""
     limit = mu + _TOLERANCE
@@ -157,36 +170,48 @@ def _forward_share(
     for _ in range(31):
         middle = low + (high - low) // 2
         threshold = middle.to(tl.float32, bitcast=True)
-        mass = 0.0
-        for o in range(0, V, BLOCK):
-            z = _load_logits(zt_ptr, bt_ptr, o + o_block, V, scale_t, softcap_t, BIAS_T, CAP_T)
-            p = tl.exp(_log_prob(z, top_t, log_t, inv_t))
-            mass += tl.sum(tl.where(p > threshold, p, 0.0), 0)
+        mass = _mass_above(threshold, zs_ptr, zt_ptr, bs_ptr, bt_ptr, V, inv_t, top_t, log_t, scale_s, softcap_s, scale_t, softcap_t,
+                           target_share, BIAS_S, BIAS_T, CAP_S, CAP_T, MOVING, BLOCK)  # fmt: skip
         fits = mass <= limit
         low = tl.where(fits, low, middle + 1)
         high = tl.where(fits, middle, high)
     threshold = high.to(tl.float32, bitcast=True)
-    mass = 0.0
-    for o in range(0, V, BLOCK):
-        z = _load_logits(zt_ptr, bt_ptr, o + o_block, V, scale_t, softcap_t, BIAS_T, CAP_T)
-        p = tl.exp(_log_prob(z, top_t, log_t, inv_t))
-        mass += tl.sum(tl.where(p > threshold, p, 0.0), 0)
+    mass = _mass_above(threshold, zs_ptr, zt_ptr, bs_ptr, bt_ptr, V, inv_t, top_t, log_t, scale_s, softcap_s, scale_t, softcap_t,
+                       target_share, BIAS_S, BIAS_T, CAP_S, CAP_T, MOVING, BLOCK)  # fmt: skip
     ties = tl.where(threshold > 0.0, (limit - mass) / tl.maximum(threshold, 1e-45), V + 0.0)
     ties = tl.floor(tl.where(threshold == top, tl.maximum(ties, 1.0), ties))
     seen = 0.0
     g_head = 0.0
     g_all = 0.0
     for o in range(0, V, BLOCK):
-        z = _load_logits(zt_ptr, bt_ptr, o + o_block, V, scale_t, softcap_t, BIAS_T, CAP_T)
+        zs = _load_logits(zs_ptr, bs_ptr, o + o_block, V, scale_s, softcap_s, BIAS_S, CAP_S)
+        z = _load_target(zt_ptr, bt_ptr, zs, o + o_block, V, scale_t, softcap_t, target_share, BIAS_T, CAP_T, MOVING)
         p = tl.exp(_log_prob(z, top_t, log_t, inv_t))
-        z = _load_logits(zs_ptr, bs_ptr, o + o_block, V, scale_s, softcap_s, BIAS_S, CAP_S)
-        gap = tl.abs(p - tl.exp(_log_prob(z, top_s, log_s, inv_t)))
+        gap = tl.abs(p - tl.exp(_log_prob(zs, top_s, log_s, inv_t)))
         at = tl.where(p == threshold, 1.0, 0.0)
         head = (p > threshold) | ((at > 0.0) & (seen + tl.cumsum(at, 0) <= ties))
         seen += tl.sum(at, 0)
         g_head += tl.sum(tl.where(head, gap, 0.0), 0)
         g_all += tl.sum(gap, 0)
     return tl.where(g_all == 0.0, 0.5, g_head / tl.where(g_all == 0.0, 1.0, g_all))
+
+
+@triton.jit
+def _mass_above(
+    threshold, zs_ptr, zt_ptr, bs_ptr, bt_ptr, V, inv_t, top_t, log_t, scale_s, softcap_s, scale_t, softcap_t, target_share,
+    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, MOVING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of the target's probabilities that are greater than the threshold."""
+    o_block = tl.arange(0, BLOCK)
+    mass = 0.0
+    for o in range(0, V, BLOCK):
+        zs = 0.0
+        if MOVING:
+            zs = _load_logits(zs_ptr, bs_ptr, o + o_block, V, scale_s, softcap_s, BIAS_S, CAP_S)
+        z = _load_target(zt_ptr, bt_ptr, zs, o + o_block, V, scale_t, softcap_t, target_share, BIAS_T, CAP_T, MOVING)
+        p = tl.exp(_log_prob(z, top_t, log_t, inv_t))
+        mass += tl.sum(tl.where(p > threshold, p, 0.0), 0)
+    return mass
 
 
 def interpreted() -> bool:
@@ -218,7 +243,8 @@ def row_losses(
     block, warps = row_config(width)
     # Floats stay floats: Triton would specialise an int 1.
     knobs = (1.0 / spec.temperature, spec.a, spec.b, spec.kd_factor, spec.kd_share, spec.ce_share,
-             spec.student.scale, spec.student.softcap or 0.0, spec.teacher.scale, spec.teacher.softcap or 0.0)  # fmt: skip
+             spec.student.scale, spec.student.softcap or 0.0, spec.teacher.scale, spec.teacher.softcap or 0.0,
+             spec.target_share)  # fmt: skip
     with torch.cuda.device_of(student):  # Triton launches on the current device
         _row_kernel[(student.shape[0],)](
             student, teacher, dz, student_bias, teacher_bias, labels, weight, kd, ce,
@@ -234,6 +260,7 @@ def row_losses(
             BIAS_T=teacher_bias is not None,
             CAP_S=spec.student.softcap is not None,
             CAP_T=spec.teacher.softcap is not None,
+            MOVING=spec.target_share != 1.0,
             BLOCK=block,
             num_warps=warps,
         )  # fmt: skip

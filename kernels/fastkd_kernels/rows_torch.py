@@ -1,12 +1,12 @@
 """Loss and gradient of rows of logits in plain torch: the Triton row kernel's arithmetic, on blocks of rows that stay in cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .divergences import MASS_TOLERANCE
-from .spec import Head, RowSpec
+from .spec import Head, Ranks, RowSpec
 
 __all__ = ["row_losses", "row_losses_in_blocks"]
 
@@ -44,6 +44,7 @@ def row_losses(
         shared = min(zs.shape[1], teacher.shape[1])
         zt = _final_logits(teacher[part, :shared], None if teacher_bias is None else teacher_bias[:shared], spec.teacher, zs.dtype)
         log_q = _log_softmax(zs[:, :shared], spec.temperature)
+        zt = _target_logits(zt, zs[:, :shared], spec.target_share)
         return log_q, _divergence(_log_softmax(zt, spec.temperature), log_q, spec, out, w)
 
     row_losses_in_blocks(student, divergence, labels, weight, spec, dz=dz, kd=kd, ce=ce, student_bias=student_bias)
@@ -69,18 +70,9 @@ def row_losses_in_blocks(
             is None, the gradient of ``w * kd_share * kd`` with respect to the first final logits. ``zs`` is not to be written to.
         The others are those of `row_losses`.
     """
-    rows, width = student.shape
+    width = student.shape[1]
     compute = torch.promote_types(student.dtype, torch.float32)
-    step = max(1, BLOCK_BYTES_GPU // (width * compute.itemsize))
-    if student.device.type == "cpu":
-        # As many rows for each thread: softmaxes and sums are shared out by rows.
-        threads = torch.get_num_threads()
-        step = max(1, BLOCK_BYTES // (width * compute.itemsize * threads)) * threads
-        # glibc returns memory to the system once more of it is free than twice the largest mapped block freed so far; the temporaries
-        # would then be faulted in anew for every block of rows. Freeing one large block, never touched, keeps them.
-        torch.empty(RETAINED_BYTES, dtype=torch.uint8)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
+    for part in _row_blocks(student):
         zs = _final_logits(student[part], student_bias, spec.student, compute)
         w = weight[part, None]
         gradient = log_q = None
@@ -97,14 +89,34 @@ def row_losses_in_blocks(
         if dz is None:
             continue
         assert gradient is not None
-        if spec.student.softcap is not None:
-            n = gradient.shape[1]
-            gradient -= gradient * (zs[:, :n] / spec.student.softcap).square_()
-        if spec.student.scale != 1.0:
-            gradient *= spec.student.scale
-        n = gradient.shape[1]
-        dz[part, :n] = gradient
-        dz[part, n:] = 0
+        _write_gradient(gradient, zs, spec.student, dz[part])
+
+
+def _row_blocks(x: Tensor) -> Iterator[slice]:
+    """Blocks of the rows of ``[C, V]`` whose temporaries stay in cache."""
+    rows, width = x.shape
+    itemsize = torch.promote_types(x.dtype, torch.float32).itemsize
+    step = max(1, BLOCK_BYTES_GPU // (width * itemsize))
+    if x.device.type == "cpu":
+        # As many rows for each thread: softmaxes and sums are shared out by rows.
+        threads = torch.get_num_threads()
+        step = max(1, BLOCK_BYTES // (width * itemsize * threads)) * threads
+        # glibc returns memory to the system once more of it is free than twice the largest mapped block freed so far; the temporaries
+        # would then be faulted in anew for every block of rows. Freeing one large block, never touched, keeps them.
+        torch.empty(RETAINED_BYTES, dtype=torch.uint8)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _write_gradient(gradient: Tensor, zs: Tensor, head: Head, dz: Tensor) -> None:
+    """From the gradient of the first final logits, which is overwritten, to that of the products before bias, scale and softcap."""
+    n = gradient.shape[1]
+    if head.softcap is not None:
+        gradient -= gradient * (zs[:, :n] / head.softcap).square_()
+    if head.scale != 1.0:
+        gradient *= head.scale
+    dz[:, :n] = gradient
+    dz[:, n:] = 0
 
 
 def _final_logits(x: Tensor, bias: Tensor | None, head: Head, dtype: torch.dtype) -> Tensor:
@@ -114,6 +126,12 @@ def _final_logits(x: Tensor, bias: Tensor | None, head: Head, dtype: torch.dtype
     if head.scale != 1.0:
         x = x * head.scale
     return x if head.softcap is None else (x / head.softcap).tanh_().mul_(head.softcap)
+
+
+def _target_logits(zt: Tensor, zs: Tensor, share: float) -> Tensor:
+    if share == 0.0:
+        return zs
+    return zt if share == 1.0 else torch.mul(zt, share).add_(zs, alpha=1.0 - share)
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
@@ -143,10 +161,10 @@ def _add_cross_entropy(gradient: Tensor | None, log_probs: Tensor, target: Tenso
     return softmax
 
 
-def _forward_share(log_p: Tensor, log_q: Tensor, mu: float, rest: Tensor | float = 0.0) -> Tensor:
+def _forward_share(log_p: Tensor, log_q: Tensor, mu: float, rest: Tensor | float = 0.0, ranks: Ranks | None = None) -> Tensor:
     """adaptive_kl's weight of the forward KL, ``[R, 1]``: g_head / (g_head + g_tail), g = sum abs(p - q).
 
-    ``rest`` is abs(p - q) of what can only be in the tail, ``[R, 1]``.
+    ``rest`` is abs(p - q) of what can only be in the tail, ``[R, 1]``. ``ranks`` hold slices of the vocabulary, if not all of it is here.
 
     The head is found without a sort: positive floats compare as their bit patterns do, so 31 halvings find the smallest threshold
     above which the mass is at most mu. Of the tokens exactly at the threshold, as many as still fit come in, in index order.
@@ -156,10 +174,15 @@ def _forward_share(log_p: Tensor, log_q: Tensor, mu: float, rest: Tensor | float
     mask = torch.empty_like(p)  # 0 or 1: on a CPU boolean masks are several times slower
 
     def mass_above(threshold: Tensor) -> Tensor:
-        return torch.gt(p, threshold, out=mask).mul_(p).sum(-1, keepdim=True)
+        return total(torch.gt(p, threshold, out=mask).mul_(p).sum(-1, keepdim=True))
+
+    def total(x: Tensor) -> Tensor:
+        return x if ranks is None else ranks.sum(x)
 
     limit = mu + MASS_TOLERANCE
     top = p.amax(-1, keepdim=True)
+    if ranks is not None:
+        top = ranks.gather(top).amax(0)
     high = top.view(bits)
     low = torch.zeros_like(high)
     for _ in range(31 if bits == torch.int32 else 63):
@@ -169,12 +192,14 @@ def _forward_share(log_p: Tensor, log_q: Tensor, mu: float, rest: Tensor | float
         low = torch.where(fits, low, middle + 1)
     threshold = high.view(p.dtype)
     room = limit - mass_above(threshold)
-    ties = torch.where(threshold > 0, room / threshold, float(p.shape[-1]))
+    ties = torch.where(threshold > 0, room / threshold, torch.inf)
     ties = torch.where(threshold == top, ties.clamp(min=1.0), ties).floor_()
     at = torch.eq(p, threshold, out=mask)
+    if ranks is not None:
+        ties -= ranks.gather(at.sum(-1, keepdim=True))[: ranks.rank].sum(0)
     at *= at.cumsum(-1) <= ties
     gap = (p - log_q.exp()).abs_()
-    total = gap.sum(-1, keepdim=True) + rest
     head = torch.gt(p, threshold, out=p).add_(at)
-    share = head.mul_(gap).sum(-1, keepdim=True) / total
-    return torch.where(total == 0, 0.5, share)
+    head_gap, all_gap = total(torch.stack([head.mul_(gap).sum(-1, keepdim=True), gap.sum(-1, keepdim=True)]))
+    all_gap += rest
+    return torch.where(all_gap == 0, 0.5, head_gap / all_gap)

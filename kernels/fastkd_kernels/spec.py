@@ -1,10 +1,28 @@
 """What the row functions are told besides tensors: plain numbers, read from the device once per call."""
 
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
 
 from .divergences import Definition
 
-__all__ = ["Head", "RowSpec"]
+__all__ = ["Head", "Ranks", "RowSpec"]
+
+
+class Ranks(Protocol):
+    """Processes that hold consecutive slices of a vocabulary, and what they can do together. All must call the same in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's ``x``, ``[ranks, ...]``."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' ``x``, in place."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +37,8 @@ class Head:
 class RowSpec:
     """The loss of a row with weight w: ``w * (kd_share * kd + ce_share * ce)``, with ``kd = kd_factor * D``.
 
-    A term whose share is 0 is not computed. ``definition`` is already resolved at its limits (`Definition.at`).
+    A term whose share is 0 is not computed. The target of the divergence are the teacher's final logits times ``target_share`` plus the
+    student's times the rest. ``definition`` is already resolved at its limits (`Definition.at`).
     """
 
     definition: Definition
@@ -31,3 +50,4 @@ class RowSpec:
     ce_share: float = 0.0
     student: Head = Head()
     teacher: Head = Head()
+    target_share: float = 1.0
