@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OUT ?= benchmarks/results
 
-.PHONY: help demo test test-fast test-lowest faults lint bench gpu clean
+.PHONY: help demo test test-fast test-lowest faults lint bench aot gpu clean
 
 help:
 	@echo "make demo         distil SmolLM2-135M into its 20-layer cut on this machine (about 10 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make faults       kill a run fifty times and resume it (minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        speed and memory of the loss on this machine; results to OUT=$(OUT)"
+	@echo "make aot          registers and stack of the kernels, compiled for GPUs that need not be there; to OUT=$(OUT)"
 	@echo "make gpu          on a machine with a GPU: the GPU tests, then the benchmarks; results to OUT=$(OUT)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -53,11 +54,21 @@ bench: $(VENV)/.installed
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps trl==1.16.0
 	$(PY) benchmarks/run.py --out $(OUT) --check
 
-# No .venv: a GPU machine brings its own torch, and needs pytest, pytest-timeout and pytest-benchmark beside it.
+aot: $(VENV)/.installed
+	$(PY) benchmarks/aot.py --out $(OUT)
+
+# No .venv: a GPU machine brings its own torch, and needs pytest, pytest-timeout and pytest-benchmark beside it. The tests get 170 seconds,
+# most of it for compiling kernels (several at a time where pytest-xdist is installed); the benchmark begins no cell after GPU_SECONDS.
 GPU_PY ?= python3
+GPU_SECONDS ?= 450
+GPU_TESTS := tests/test_gpu.py tests/test_kernels.py $(wildcard tests/test_topk_kernel.py tests/test_offset_gemm.py)
 gpu:
-	PYTHONPATH=.:kernels $(GPU_PY) -m pytest -p no:cacheprovider tests/test_gpu.py tests/test_kernels.py
-	PYTHONPATH=.:kernels $(GPU_PY) benchmarks/run.py --out $(OUT)
+	@mkdir -p $(OUT); export PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH}; began=$$(date +%s); \
+	parallel=$$($(GPU_PY) -c 'import xdist' 2>/dev/null && printf -- '-n auto --maxprocesses 8'); \
+	timeout -s INT -k 10 170 $(GPU_PY) -m pytest -p no:cacheprovider $$parallel --durations=5 --junitxml=$(OUT)/gpu-tests.xml $(GPU_TESTS); \
+	tests=$$?; test $$tests -eq 0 || echo "== GPU tests: status $$tests (124: they took too long)"; \
+	$(GPU_PY) benchmarks/run.py --out $(OUT) --check --deadline $$(($(GPU_SECONDS) - $$(date +%s) + began)); bench=$$?; \
+	test $$tests -eq 0 && test $$bench -eq 0
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest runs build *.egg-info

@@ -1,30 +1,28 @@
-"""Cases of pytest-benchmark: a forward and backward pass of the loss, by every provider, beside the four bare GEMMs.
+"""A case of pytest-benchmark for each cell: a forward and backward pass of the loss by one provider, beside the bare GEMMs.
 
-Each timed call is preceded by one of the GEMMs in the same process, so that what slows the machine slows both. Times are minima.
+Each timed call is preceded by the GEMMs in the same process, so that what slows the machine slows both.
 """
 
+import gc
+import json
+import os
+import statistics
 import time
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.cells import CELLS, Cell, Setting
 from benchmarks.memory import chunk_bound, outputs, peak_extra
-from benchmarks.providers import FLOOR, PROVIDERS, SHAPES, Problem, Unavailable
+from benchmarks.providers import FLOORS, PROVIDERS, Problem, Provider, Truth, Unavailable, truth
 
-DIVERGENCES = ("forward_kl", "jsd", "adaptive_kl")
-# Largest relative difference (of norms) to our loss and gradients at which a peer computes the same thing.
-AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-
-
-@pytest.fixture(scope="module")
-def device(request) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
-
-
-@pytest.fixture(scope="module")
-def problem(shape, device) -> Problem:
-    return Problem(SHAPES[shape], device)
+# Largest relative error (of norms, against float64) of the loss and its gradients at which a provider computes the same thing.
+AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+ROUNDS = 2, 30  # at least and at most
+BROKEN = 3  # exit status of a process whose GPU no longer answers
 
 
 def milliseconds(call: Callable[[], object], device: torch.device) -> float:
@@ -40,76 +38,138 @@ def milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start_s)
 
 
-def timed(benchmark, step: Callable[[], object], floor: Callable[[], object], device: torch.device, rounds: int) -> dict[str, object]:
-    """Times of the step and, before each, of the floor."""
+def timed(benchmark, step: Callable[[], object], floor: Callable[[], object], device: torch.device, seconds: float) -> dict[str, Any]:
+    """Times of the step and, before each, of the floor, for about ``seconds``.
+
+    ``ms`` is the median on a GPU. On a CPU, which other programs share, it is the least.
+    """
+    floor()
+    both = milliseconds(floor, device) + milliseconds(step, device)
+    rounds = min(max(round(1e3 * seconds / both), ROUNDS[0]), ROUNDS[1])
     ours: list[float] = []
     bare: list[float] = []
     benchmark.pedantic(
         lambda: ours.append(milliseconds(step, device)), setup=lambda: bare.append(milliseconds(floor, device)), rounds=rounds
     )
-    return {"ms": min(ours), "gemms_ms": min(bare), "ratio": min(ours) / min(bare), "all_ms": ours, "all_gemms_ms": bare}
+    typical = min if device.type == "cpu" else statistics.median
+    return {
+        "ms": typical(ours),
+        "floor_ms": typical(bare),
+        "ratio": typical(ours) / typical(bare),
+        **{"ms_min": min(ours), "ms_median": statistics.median(ours), "all_ms": ours, "all_floor_ms": bare},
+    }
 
 
-def differences(result: tuple[torch.Tensor, ...], ours: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-        return ((a.float() - b.float()).norm() / b.float().norm()).item()
+class Problems:
+    """The problem of the last setting, since two may not fit; and the truth of every setting so far, which is small."""
 
-    return dict(zip(("loss", "d_hidden", "d_weight"), map(relative, result, ours), strict=True))
+    def __init__(self) -> None:
+        self.problem: Problem | None = None
+        self.truths: dict[Setting, Truth] = {}
+
+    def of(self, setting: Setting, device: torch.device) -> Problem:
+        if self.problem is None or self.problem.setting != setting:
+            self.problem = None
+            gc.collect()
+            self.problem = Problem(setting, device)
+        return self.problem
+
+    def truth_of(self, problem: Problem) -> Truth:
+        if problem.setting not in self.truths:
+            self.truths[problem.setting] = truth(problem)
+        return self.truths[problem.setting]
 
 
-@pytest.fixture(scope="module")
-def ours() -> dict[tuple[str, str], tuple[torch.Tensor, ...]]:
-    """Our loss and gradients for the shape and divergence at hand."""
-    return {}
+PROBLEMS = Problems()
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_loss(shape, divergence, provider, problem, device, ours, request, benchmark, record_property):
-    row = {"shape": shape, "divergence": divergence, "provider": provider}
-    record_property("row", row)  # filled below; a row that is skipped says why
+def measure(cell: Cell, device: torch.device, seconds: float, benchmark, row: dict[str, Any]) -> None:
+    """Fill the row; what was measured before something fails stays in it."""
+    provider = PROVIDERS[cell.provider]
+    problem = PROBLEMS.of(cell.setting, device)
+    step = provider.build(problem)
+    if provider.loss:
+        expected = PROBLEMS.truth_of(problem)
+        first = step()  # the warm-up, too
+        row["loss"] = first[0].item()
+        row["error"] = expected.errors(first)
+        # A NaN is no agreement.
+        row["agrees"] = all(e <= AGREEMENT[cell.setting.size.dtype] for e in row["error"].values())
+        del first
+    else:
+        step()
+    seconds *= 2 if cell.provider == "fastkd" else 1  # what all others are compared with
+    row |= timed(benchmark, step, FLOORS[provider.floor](problem), device, seconds)
+    problem.forget()
+    if not provider.loss:
+        return
+    row["output_bytes"] = outputs(cell.setting)
+    if cell.provider == "fastkd":
+        row["bound_bytes"] = chunk_bound(cell.setting)
+    peak = peak_extra(cell, device, step)
+    problem.forget()
+    row["peak_extra_bytes"] = peak
+    if peak is not None and not cell.setting.frozen_head:
+        row["working_bytes"] = peak - 4 * problem.weight.numel()
+
+
+def attempt(cell: Cell, device: torch.device, seconds: float, benchmark) -> dict[str, Any]:
+    """The cell's row. What fails is a row that says so, and lets go of its memory."""
+    row: dict[str, Any] = {}
     try:
-        step = PROVIDERS[provider].build(problem, divergence)
+        measure(cell, device, seconds, benchmark, row)
     except Unavailable as error:
         row["skipped"] = str(error)
-        pytest.skip(str(error))
-    floor = FLOOR["gemms"](problem)
+    except Exception as error:
+        row["skipped"] = f"failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        row["traceback"] = traceback.format_exc()[-3000:]
+    # The exception, whose frames held the tensors of a failed step, is gone by now.
+    return row
+
+
+def clean(provider: Provider, device: torch.device) -> None:
+    if provider.compiles:
+        torch._dynamo.reset()
+    if PROBLEMS.problem is not None:
+        PROBLEMS.problem.forget()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def usable(device: torch.device) -> bool:
     try:
-        first = tuple(x.clone() for x in step())  # the warm-up, too
-    except Exception as error:  # a peer that fails on this machine is a row that says so
-        if provider == "fastkd":
-            raise
-        row["skipped"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return torch.ones((), device=device).item() == 1
+    except RuntimeError:
+        return False
+
+
+@pytest.fixture
+def journal(request) -> Callable[[dict[str, Any]], None]:
+    """Appends a line to the file that `run.py` reads while this runs."""
+    path = request.config.getoption("--journal")
+
+    def write(line: dict[str, Any]) -> None:
+        if path is not None:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    return write
+
+
+def test_cell(index, request, benchmark, journal):
+    options = request.config.getoption
+    until, device = options("--until"), torch.device(options("--device"))
+    if until is not None and time.time() > until:
+        pytest.skip("no time left")
+    cell = CELLS[options("--cells")][index]
+    journal({"began": index})
+    row = attempt(cell, device, options("--seconds"), benchmark)
+    journal({"done": index, "row": row})
+    # After the row: what hangs here costs no result.
+    if not usable(device):
+        os._exit(BROKEN)
+    clean(PROVIDERS[cell.provider], device)
+    if "skipped" in row:
         pytest.skip(row["skipped"])
-    row["loss"] = first[0].item()
-    if (shape, divergence) not in ours:
-        ours.clear()
-        ours[shape, divergence] = tuple(x.clone() for x in PROVIDERS["fastkd"].build(problem, divergence)())
-    if provider != "fastkd":
-        row["difference"] = differences(first, ours[shape, divergence])
-        row["agrees"] = max(row["difference"].values()) <= AGREEMENT[SHAPES[shape].dtype]
-
-    del first
-    rounds = request.config.getoption("--rounds")
-    row |= timed(benchmark, step, floor, device, rounds if provider == "fastkd" else max(1, rounds // 2))
-    problem.hidden.grad = problem.weight.grad = None
-
-    try:
-        row["peak_extra_bytes"] = peak_extra(shape, divergence, provider, device)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        if provider == "fastkd":
-            raise
-        row["peak_extra_bytes"], row["memory_note"] = None, f"not measured: {type(error).__name__}"
-    row["output_bytes"] = outputs(SHAPES[shape])
-    if provider == "fastkd":
-        row["bound_bytes"] = chunk_bound(SHAPES[shape])
     benchmark.extra_info.update(row)
-
-
-def test_floor_without_allocation(shape, problem, device, request, benchmark, record_property):
-    """What the floor would be if its results had memory already: the strictest one."""
-    row = {"shape": shape, "divergence": "", "provider": "gemms preallocated"}
-    record_property("row", row)
-    step, floor = FLOOR["gemms preallocated"](problem), FLOOR["gemms"](problem)
-    step()
-    row |= timed(benchmark, step, floor, device, request.config.getoption("--rounds"))

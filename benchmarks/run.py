@@ -3,13 +3,15 @@
 import argparse
 import contextlib
 import datetime
-import io
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,62 +19,143 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # from a checkout, installed or not
 
-import pytest  # noqa: E402
 import torch  # noqa: E402
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
-# What fastkd promises on a CPU: time divided by that of the four bare GEMMs.
-LIMITS = {"forward_kl": 1.25, "jsd": 1.25, "adaptive_kl": 2.5}
+from benchmarks.cells import CELLS, LIMITS, TARGETS, Cell, Target  # noqa: E402
+from fastkd.files import write_whole  # noqa: E402
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "fla-core")
+CELL_SECONDS = {"cuda": 60, "cpu": 300}  # a cell that takes longer, compiling included, is given up
+LATE = "not begun: no time left"
+Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description="speed and memory of the loss against installed peers")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
-    parser.add_argument("--quick", action="store_true", help="a tiny problem, once: shows that everything runs, measures nothing")
-    parser.add_argument("--check", action="store_true", help="exit with 1 unless fastkd keeps its limits on time and memory")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", help="run the cases whose name matches this expression of pytest's -k")
+    parser.add_argument("--cells", choices=tuple(CELLS), help="a list of cells.py; default: gpu or cpu, as the device is")
+    parser.add_argument("--quick", action="store_true", help="--cells quick: shows that everything runs, measures nothing")
+    parser.add_argument("--only", help="cells whose name has all these words; alternatives behind commas: 'jsd fastkd, jsd naive'")
+    parser.add_argument("--deadline", type=float, help="begin no cell after so many seconds; the most important come first")
+    parser.add_argument("--seconds", type=float, help="of measuring a cell, twice that for fastkd; default: 1 on a GPU, 6 on a CPU")
+    parser.add_argument("--check", action="store_true", help="exit with 1 unless fastkd keeps its limits (CPU) or targets (H100, H200)")
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
 
-    shapes = "quick" if options.quick else "cpu" if options.device == "cpu" else "A,B,C"
-    collector = _Collector()
-    arguments = [str(ROOT / "benchmarks" / "bench_loss.py"), f"--rootdir={ROOT}", "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
-    arguments += [f"--device={options.device}", f"--shapes={shapes}", f"--rounds={1 if options.quick else 4}"]
-    arguments += ["-k", options.only] if options.only else []
-    report = stamp(argv, options.device)
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        status = pytest.main(arguments, plugins=[collector])
-    if status != pytest.ExitCode.OK:
-        print(log.getvalue(), file=sys.stderr)
-    report["rows"] = collector.rows  # of a run that failed half way too: what was measured is not lost
-    report["complete"] = status == pytest.ExitCode.OK
-    name = "cpu" if options.device == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    name = "quick" if options.quick else options.cells or {"cuda": "gpu"}.get(options.device, options.device)
+    chosen = [i for i, cell in enumerate(CELLS[name]) if _matches(cell.name, options.only)]
+    if not chosen:
+        parser.error(f"--only {options.only!r}: none of the cells of {name!r} is named so")
+    seconds = options.seconds or (0.01 if name == "quick" else 2 if name == "sweep" else 1 if options.device == "cuda" else 6)
+    machine = "cpu" if options.device == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    path = options.out / f"{name if name in ('quick', 'sweep') else 'loss'}-{machine}.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"loss-{name}{'-quick' if options.quick else ''}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(collector.rows))
-    print(f"written: {path}")
-    if status != pytest.ExitCode.OK:
-        return int(status)
-    broken = failures(collector.rows)
+    report = stamp(argv, options.device)
+
+    def write(rows: list[Row]) -> None:
+        done = len(rows) == len(chosen) and not any(row.get("skipped") == LATE for row in rows)
+        write_whole(path, json.dumps(report | {"complete": done, "rows": rows}, indent=1) + "\n")
+
+    rows = run_cells(name, chosen, options.device, seconds, options.deadline, write)
+    write(rows)
+    print(table(rows))
+    gpu = report["hardware"]["gpu"]
+    broken = failures(rows)
+    if gpu is not None and ("H100" in gpu or "H200" in gpu):
+        judged = [(target, judge(target, rows)) for target in TARGETS]
+        print("\n".join(line for _, (line, _) in judged))
+        broken += [line for _, (line, met) in judged if met is False]
     for line in broken:
-        print("over the limit: " + line, file=sys.stderr)
+        print("failed: " + line, file=sys.stderr)
+    for drawn in _plots(path, rows):
+        print(f"drawn: {drawn}")
+    print(f"written: {path}")
     return 1 if options.check and broken else 0
 
 
-class _Collector:
-    """A pytest plugin that keeps the cases' rows and prints one line of progress for each."""
+def _matches(name: str, only: str | None) -> bool:
+    return only is None or any(all(word in name for word in part.split()) for part in only.split(","))
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
 
-    def pytest_runtest_logreport(self, report) -> None:
-        if report.when == "call":
-            rows = [value for key, value in report.user_properties if key == "row"]
-            self.rows += rows
-            for row in rows:
-                print(f"{row['shape']} {row['divergence']} {row['provider']}: {report.duration:.0f} s", file=sys.stderr)
+def run_cells(
+    name: str, chosen: list[int], device: str, seconds: float, deadline: float | None, write: Callable[[list[Row]], None]
+) -> list[Row]:
+    """Rows of the cells, in their order. They run in a process of their own: one that dies, or hangs, costs a row and not the run."""
+    rows: dict[int, Row] = {}
+    cells = CELLS[name]
+
+    def note(index: int, row: Row) -> None:
+        rows[index] = row
+        text = row.get("skipped") or f"{row['ms']:.1f} ms"
+        print(f"{cells[index].name}: {text}", file=sys.stderr, flush=True)
+        write([describe(cells[i]) | rows[i] for i in chosen if i in rows])
+
+    until = None if deadline is None else time.time() + deadline
+    with tempfile.TemporaryDirectory() as folder:
+        journal, log = Path(folder) / "journal", Path(folder) / "log"
+        while waiting := [i for i in chosen if i not in rows]:
+            if until is not None and time.time() > until:
+                rows |= {i: {"skipped": LATE} for i in waiting}
+                break
+            journal.write_text("")
+            command = [sys.executable, "-m", "pytest", str(ROOT / "benchmarks" / "bench_loss.py"), f"--rootdir={ROOT}", "-q", "--tb=short"]
+            command += ["-p", "no:cacheprovider", "--benchmark-quiet", "-o", "timeout=0", f"--journal={journal}", f"--device={device}"]
+            command += [f"--cells={name}", f"--indices={','.join(map(str, waiting))}", f"--seconds={seconds}"]
+            command += [] if until is None else [f"--until={until}"]
+            path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+            with log.open("w") as file:
+                child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=file, stderr=subprocess.STDOUT)
+                began = _watch(child, journal, CELL_SECONDS[device], note)
+            if began is not None and began not in rows:
+                note(began, {"skipped": f"failed: the process ended with status {child.returncode}", "traceback": log.read_text()[-3000:]})
+            elif began is None and not (until is not None and time.time() > until):
+                raise RuntimeError(f"no cell was begun:\n{log.read_text()[-4000:]}")
+    return [describe(cells[i]) | rows[i] for i in chosen]
+
+
+def _watch(child: subprocess.Popen, journal: Path, limit: float, done: Callable[[int, Row], None]) -> int | None:
+    """Hand on each finished cell of the child until it ends; kill it when a cell takes too long. Returns the last cell begun."""
+    began, read, since = None, 0, time.monotonic()
+    while True:
+        ended = child.poll() is not None
+        lines = journal.read_text().splitlines(keepends=True)
+        for line in (json.loads(x) for x in lines[read:] if x.endswith("\n")):
+            read, since = read + 1, time.monotonic()
+            if "began" in line:
+                began = line["began"]
+            else:
+                done(line["done"], line["row"])
+        if ended:
+            return began
+        if began is not None and time.monotonic() - since > limit:
+            child.kill()
+        time.sleep(0.2)
+
+
+def describe(cell: Cell) -> Row:
+    shape = cell.setting.size
+    return {
+        "shape": cell.setting.shape,
+        "divergence": cell.setting.divergence,
+        "setting": cell.setting.variant,
+        "provider": cell.provider,
+        "tokens": shape.tokens,
+        "vocabulary": shape.vocabulary,
+        "student_width": shape.student_width,
+        "teacher_width": shape.teacher_width,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+    }
+
+
+def _plots(path: Path, rows: list[Row]) -> list[Path]:
+    try:
+        from benchmarks.plots import draw
+    except ImportError as error:
+        print(f"no plots: {error}", file=sys.stderr)
+        return []
+    return draw(rows, path)
 
 
 def stamp(argv: list[str] | None, device: str, script: str = "benchmarks/run.py") -> dict[str, Any]:
@@ -94,7 +177,7 @@ def stamp(argv: list[str] | None, device: str, script: str = "benchmarks/run.py"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([script, *(sys.argv[1:] if argv is None else argv)]),
-        "commit": git("rev-parse", "HEAD"),
+        "commit": git("rev-parse", "HEAD") or os.environ.get("FASTKD_COMMIT"),  # of a copy without its history
         "dirty": None if changes is None else bool(changes),
         "hardware": {
             "cpu": _cpu_name(),
@@ -102,9 +185,23 @@ def stamp(argv: list[str] | None, device: str, script: str = "benchmarks/run.py"
             "torch_threads": torch.get_num_threads(),
             "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
             "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+            **(_gpu() if device == "cuda" else {}),
         },
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **{p: version(p) for p in PACKAGES}},
     }
+
+
+GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit", "temperature.gpu")
+
+
+def _gpu() -> dict[str, str]:
+    """What nvidia-smi says of the first GPU; nothing where it is missing."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(GPU_FACTS, (x.strip() for x in done.stdout.splitlines()[0].split(",")), strict=True))
 
 
 def _cpu_name() -> str:
@@ -115,38 +212,64 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def failures(rows: list[dict[str, Any]]) -> list[str]:
-    """fastkd's rows that break a promise, and peers that do not compute the same: a sentence each."""
+def failures(rows: list[Row]) -> list[str]:
+    """fastkd's rows that break a promise, and rows that failed or do not compute the same: a sentence each."""
     found = []
     for row in rows:
-        name = f"{row['shape']} {row['divergence']} {row['provider']}"
+        name = _name(row)
         if row.get("agrees") is False:
-            found.append(f"{name}: differs from fastkd by {row['difference']}")
-        if row["provider"] != "fastkd" or row["shape"] != "cpu":
+            found.append(f"{name}: errors {row['error']}")
+        if not row["provider"].startswith("fastkd"):
             continue
-        if row["ratio"] > LIMITS[row["divergence"]]:
-            found.append(f"{name}: {row['ratio']:.2f} times the GEMMs, limit {LIMITS[row['divergence']]}")
-        extra = row["peak_extra_bytes"]
+        if row.get("skipped", "").startswith("failed"):
+            found.append(f"{name}: {row['skipped']}")
+        if row["shape"] != "cpu" or row["provider"] != "fastkd" or "ratio" not in row:
+            continue
+        limit = LIMITS.get(row["divergence"])
+        if not row["setting"] and limit is not None and row["ratio"] > limit:
+            found.append(f"{name}: {row['ratio']:.2f} times the GEMMs, limit {limit}")
+        extra = row.get("peak_extra_bytes")
         if extra is not None and extra > row["bound_bytes"] + row["output_bytes"]:
             found.append(f"{name}: {_mb(extra)} MB at the peak, limit {_mb(row['bound_bytes'] + row['output_bytes'])}")
     return found
+
+
+def judge(target: Target, rows: list[Row]) -> tuple[str, bool | None]:
+    """A line that says whether the rows meet a target, and whether they do; None where a row is missing."""
+
+    def value(cell: Cell) -> float | None:
+        row = next((r for r in rows if describe(cell).items() <= r.items()), {})
+        return row.get(target.field)
+
+    limit = f"at most {target.at_most:.2f}" if target.at_most is not None else f"at least {target.at_least:.2f}"
+    found, over = value(target.cell), 1.0 if target.over is None else value(target.over)
+    if found is None or not over:
+        return f"target {target.text}: {limit}: not measured", None
+    met = found / over <= target.at_most if target.at_most is not None else found / over >= (target.at_least or 0.0)
+    return f"target {target.text}: {limit}: {found / over:.2f}, {'met' if met else 'missed'}", met
+
+
+def _name(row: Row) -> str:
+    return ", ".join(filter(None, (f"{row['shape']} {row['divergence']}", row["setting"], row["provider"])))
 
 
 def _mb(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.0f}"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text. MB: peak beyond the inputs, the gradients included; bound: chunk buffers, dW and gradients."""
-    lines = [f"{'shape':6} {'divergence':12} {'provider':19} {'ms':>9} {'/ GEMMs':>8} {'MB':>7} {'bound':>7}  note"]
+def table(rows: list[Row]) -> str:
+    """The rows as text. / floor: over the GEMMs, or a copy; MB: peak beyond the inputs, the gradients included; bound: of chunk buffers, dW
+    and gradients; errors of the gradients against float64, in percent.
+    """
+    lines = [f"{'':56} {'ms':>9} {'/ floor':>8} {'MB':>7} {'bound':>6} {'dH %':>7} {'dW %':>7}  note"]
     for row in rows:
-        start = f"{row['shape']:6} {row['divergence']:12} {row['provider']:19}"
-        if "ms" not in row:
-            lines.append(f"{start} {'':9} {'':8} {'':7} {'':7}  {row.get('skipped', 'failed')}")
-            continue
+        start = f"{_name(row):56}"
+        errors = row.get("error", {})
+        percent = [f"{100 * errors[k]:.2g}" if k in errors else "" for k in ("d_hidden", "d_weight")]
+        note = row.get("skipped", "") if row.get("agrees", True) else "computes something else"
         bound = _mb(row["bound_bytes"] + row["output_bytes"]) if row.get("bound_bytes") else ""
-        note = "" if row.get("agrees", True) else "computes something else"
-        lines.append(f"{start} {row['ms']:9.1f} {row['ratio']:8.2f} {_mb(row.get('peak_extra_bytes')):>7} {bound:>7}  {note}".rstrip())
+        times = f"{row['ms']:9.1f} {row['ratio']:8.2f}" if "ms" in row else f"{'':18}"
+        lines.append(f"{start} {times} {_mb(row.get('peak_extra_bytes')):>7} {bound:>6} {percent[0]:>7} {percent[1]:>7}  {note}".rstrip())
     return "\n".join(lines)
 
 

@@ -125,7 +125,7 @@ def fused_linear_kd(
             Head weights and biases may be DTensors, as FSDP2 makes them: each is gathered once per call, on all ranks of its mesh together.
             A gradient comes back as a DTensor of the parameter's placements, averaged over the mesh's ranks, as FSDP2 does with every
             other parameter. `fastkd.hf.run_at_head` avoids this gather: inside the model's own call FSDP2 makes it.
-        chunk_tokens: most tokens whose logits are held at a time; default: from a memory budget.
+        chunk_tokens: most tokens whose logits, or their gradients, are held at a time; default: from a memory budget.
         return_parts: return ``(loss, LossParts)``.
         impl: "triton", "torch", or "auto": Triton for CUDA tensors where it is installed, torch elsewhere and for float64.
         logits_dtype: torch.float32 (default) or the hidden states' own 16-bit dtype: less memory, gradients several percent off

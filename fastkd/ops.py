@@ -1,7 +1,8 @@
 """The operator `fastkd::kd`: the chunk loop, its host checks, and its gradient.
 
 Loss and gradients are computed together in the forward pass: for each chunk of counted tokens two GEMMs write student and teacher logits
-into two buffers, the row function turns the student's into dz, two more GEMMs take dz to dX and dW. The backward pass only multiplies by
+into two buffers, the row function turns the student's into dz, two more GEMMs take dz to dX and dW (on a GPU, that of several chunks, see
+`_Chunks`). The backward pass only multiplies by
 the upstream gradient and 1 / normalizer, in fp32: folded into dz earlier they would underflow in fp16.
 
 It is a `torch.library.custom_op` so that `torch.compile(fullgraph=True)` sees one node, though counting tokens needs the host. The knobs
@@ -9,6 +10,7 @@ come in as one small tensor, so that none of them is a guard.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,12 +38,15 @@ KNOBS = (
     "normalizer",
 )
 
-# Bytes of the two logit buffers together, and the most tokens a chunk holds: larger chunks gain nothing that was measured (kernels want
+# Bytes of the buffers together, and the most tokens a chunk holds: larger chunks gain nothing that was measured (kernels want
 # about 1000 rows to fill a GPU; on CPUs the GEMMs are at full speed from about 256 rows).
 CHUNK_BYTES = {"cpu": 256 << 20}
 CHUNK_BYTES_GPU = 1 << 30
 CHUNK_TOKENS = 2048
-FP16_BOOST = 64.0  # a gradient of a logit stays far below 65504 / 64
+TILE_TOKENS = 128  # of a GEMM's tile on a GPU
+LEAST_CHUNK = 256  # of a group: fewer rows than that leave a GPU's row kernel waiting for memory
+GROUP_CHUNKS = 4  # about as many in a group whose dz is written apart
+FP16_TOP = 256.0  # where a gradient of a logit lies in fp16 when it is as large as its factors: what is near 0 is flushed, 65504 is inf
 CHECK_ELEMENTS = 1 << 17  # of [N, K] lists that are checked at a time
 
 
@@ -219,13 +224,30 @@ def _row_spec(host: _Host, divergence: str) -> RowSpec:
     )
 
 
+def _writes_narrow(student: Tensor, logits_dtype: torch.dtype) -> bool:
+    """Whether dz is written in the operands' 16 bits, narrower than the logits."""
+    return logits_dtype != student.dtype and student.device.type != "cpu" and gemm.has_mixed_mm(student.device, student.dtype)
+
+
+def _parts(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _budget(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES_GPU)
+
+
 def _chunk_size(tokens: int, bytes_per_token: int, device: torch.device, chunk_tokens: int) -> int:
-    """Balanced chunks: their number first, from the budget, then equal sizes."""
+    """Balanced chunks: their number first, from the budget, then equal sizes; on a GPU, of whole tiles of its GEMMs."""
     most = chunk_tokens
     if most <= 0:
-        budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES_GPU)
-        most = min(CHUNK_TOKENS, max(64, budget // max(1, bytes_per_token)))
-    return math.ceil(tokens / math.ceil(tokens / most))
+        most = min(CHUNK_TOKENS, max(64, _budget(device) // max(1, bytes_per_token)))
+        if device.type != "cpu" and most > TILE_TOKENS:
+            most -= most % TILE_TOKENS
+    size = math.ceil(tokens / math.ceil(tokens / most))
+    if device.type == "cpu":
+        return size
+    return min(math.ceil(size / TILE_TOKENS) * TILE_TOKENS, most, tokens)
 
 
 def _gather(x: Tensor, rows: Tensor | None, part: slice) -> Tensor:
@@ -297,25 +319,27 @@ def _kd(
     n, spec, rows, targets, kd_values, ce_values = host.tokens, call.spec, call.rows, call.targets, call.kd, call.ce
 
     dense = teacher if kd_values is not None and top is None else None
-    chunks = _Chunks(student, weight, dense, teacher_weight, vocabulary, n, chunk_tokens, logits_dtype)
+    chunks = _Chunks(student, weight, dense, teacher_weight, vocabulary, n, chunk_tokens, logits_dtype, apart=out.need_dz)
     shared_bias = None if teacher_bias is None else teacher_bias[: chunks.shared]
-    for start in range(0, n, chunks.size):
-        part = slice(start, min(start + chunks.size, n))
-        x = _gather(student, rows, part)
-        zs, dz = chunks.student_buffers(x, out, rows is None, part)
-        if weight is not None:
-            gemm.logits(x, weight, zs)
-        w = call.row_weight[part]
-        y, kd_out, ce_out = (None if t is None else t[part] for t in (targets, kd_values, ce_values))
-        if top is not None and kd_values is not None:
-            ids, log_probs = _gather(top.ids, rows, part), _gather(top.log_probs, rows, part)
-            log_tail = None if top.log_tail is None else _gather(top.log_tail, rows, part)
-            _topk_function(impl)(zs, ids, log_probs, log_tail, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias)
-        else:
-            zt = None if dense is None else chunks.teacher_logits(_gather(dense, rows, part), teacher_weight)
-            _row_function(impl)(zs, zt, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias, teacher_bias=shared_bias)
-        if dz is not None:
-            out.accumulate(dz, x, weight, rows, part, first=start == 0)
+    for group in _parts(0, n, chunks.group):
+        group_x, group_dz = _gather(student, rows, group), None
+        for part in _parts(group.start, group.stop, chunks.size):
+            x = group_x[part.start - group.start : part.stop - group.start]
+            zs, dz = chunks.student_buffers(x, out, rows is None, part, part.start - group.start)
+            if weight is not None:
+                gemm.logits(x, weight, zs)
+            w = call.row_weight[part]
+            y, kd_out, ce_out = (None if t is None else t[part] for t in (targets, kd_values, ce_values))
+            if top is not None and kd_values is not None:
+                ids, log_probs = _gather(top.ids, rows, part), _gather(top.log_probs, rows, part)
+                log_tail = None if top.log_tail is None else _gather(top.log_tail, rows, part)
+                _topk_function(impl)(zs, ids, log_probs, log_tail, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias)
+            else:
+                zt = None if dense is None else chunks.teacher_logits(_gather(dense, rows, part), teacher_weight)
+                _row_function(impl)(zs, zt, y, w, spec, dz=dz, kd=kd_out, ce=ce_out, student_bias=bias, teacher_bias=shared_bias)
+            group_dz = dz if chunks.gradients is None else chunks.gradients[: group.stop - group.start]
+        if group_dz is not None:
+            out.accumulate(group_dz, group_x, weight, rows, group, first=group.start == 0)
 
     return _finish(host, call, out)
 
@@ -340,7 +364,7 @@ def _prepare(host: _Host, spec: RowSpec, out: "_Outputs", student, labels, token
     """Write the outputs that the chunks do not, and gather what is small of the counted tokens."""
     n, compute = host.tokens, out.loss.dtype
     # fp16 gradients wait for the backward pass as a multiple: most of a softmax over a large vocabulary would be flushed to 0.
-    boost = FP16_BOOST if student.dtype == torch.float16 else 1.0
+    boost = _fp16_boost(spec) if student.dtype == torch.float16 else 1.0
     out.scale.fill_(host.weight_max / _normalizer(host) / boost if n else 0.0)
     out.tokens.fill_(n)
     for share, mean in ((spec.kd_share, out.kd_mean), (spec.ce_share, out.ce_mean)):
@@ -358,6 +382,12 @@ def _prepare(host: _Host, spec: RowSpec, out: "_Outputs", student, labels, token
     kd = torch.empty(n, dtype=compute, device=student.device) if spec.kd_share > 0 else None
     ce = torch.empty(n, dtype=compute, device=student.device) if targets is not None else None
     return _Call(spec, rows, row_weight, boost, targets, kd, ce)
+
+
+def _fp16_boost(spec: RowSpec) -> float:
+    """A power of two that brings the factors of a logit's gradient near `FP16_TOP`."""
+    factor = (spec.kd_share * spec.kd_factor / spec.temperature + spec.ce_share) * abs(spec.student.scale)
+    return 2.0 ** math.floor(math.log2(FP16_TOP / factor)) if factor > 0 else 1.0
 
 
 def _finish(host: _Host, call: _Call, out: "_Outputs"):
@@ -447,33 +477,48 @@ class _Outputs:
 
 
 class _Chunks:
-    """Two buffers of logits, allocated once, and what is written into them."""
+    """Buffers of logits, allocated once, and what is written into them.
 
-    def __init__(self, student, weight, teacher, teacher_weight, vocabulary, tokens, chunk_tokens, logits_dtype):
+    Where the products take 16-bit operands and logits are fp32, dz is written apart, for a group of several chunks: dX and dW are then
+    one product a group. dW in fp32 is read and written less often, and the buffers together are half of those of a chunk as large.
+    Elsewhere dz overwrites the logits, and a group is a chunk.
+    """
+
+    def __init__(self, student, weight, teacher, teacher_weight, vocabulary, tokens, chunk_tokens, logits_dtype, apart=False):
         teacher_width = 0
         if teacher is not None:
             teacher_width = teacher.shape[-1] if teacher_weight is None else teacher_weight.shape[0]
         self.shared = min(vocabulary, teacher_width)
-        item = logits_dtype.itemsize
+        device = student.device
         width = (vocabulary if weight is not None else 0) + (self.shared if teacher_weight is not None else 0)
-        self.size = _chunk_size(tokens, item * max(width, vocabulary), student.device, chunk_tokens)
-        self.student = self.teacher = None
+        per_token = logits_dtype.itemsize * max(width, vocabulary)
+        self.size = self.group = _chunk_size(tokens, per_token, device, chunk_tokens)
+        self.student = self.teacher = self.gradients = None
+        # A chunk of as many tokens as would be taken anyway gains nothing.
+        if apart and weight is not None and _writes_narrow(student, logits_dtype) and self.size < min(tokens, CHUNK_TOKENS):
+            dz = student.element_size() * vocabulary
+            group = _chunk_size(tokens, per_token // GROUP_CHUNKS + dz, device, chunk_tokens)
+            logits = max(chunk_tokens // GROUP_CHUNKS, LEAST_CHUNK) if chunk_tokens else (_budget(device) - group * dz) // per_token
+            size = logits // TILE_TOKENS * TILE_TOKENS
+            if group >= 2 * LEAST_CHUNK and size >= LEAST_CHUNK:
+                self.group, self.size = group, min(group, size)
+                self.gradients = torch.empty(group, vocabulary, dtype=student.dtype, device=device)
         if weight is not None:
-            self.student = torch.empty(self.size, vocabulary, dtype=logits_dtype, device=student.device)
+            self.student = torch.empty(self.size, vocabulary, dtype=logits_dtype, device=device)
         if teacher is not None and teacher_weight is not None:
-            self.teacher = torch.empty(self.size, self.shared, dtype=logits_dtype, device=student.device)
+            self.teacher = torch.empty(self.size, self.shared, dtype=logits_dtype, device=device)
 
-    def student_buffers(self, x: Tensor, out: _Outputs, whole: bool, part: slice) -> tuple[Tensor, Tensor | None]:
-        """(logits, dz) of a chunk; dz overwrites the logits where they are ours."""
+    def student_buffers(self, x: Tensor, out: _Outputs, whole: bool, part: slice, offset: int = 0) -> tuple[Tensor, Tensor | None]:
+        """(logits, dz) of a chunk, ``offset`` tokens into its group."""
         if self.student is None:  # the caller's own logits: never overwritten, unless x is already a gathered copy
             return x, (None if not out.need_dz else out.d_student[part] if whole else x)
         zs = self.student[: x.shape[0]]
         if not out.need_dz:
             return zs, None
-        if zs.dtype == x.dtype or x.device.type == "cpu" or not gemm.has_mixed_mm(x.device, x.dtype):
-            return zs, zs
+        if self.gradients is not None:
+            return zs, self.gradients[offset : offset + x.shape[0]]
         # dz in the operands' dtype for the two GEMMs to come, in the first half of each row.
-        return zs, zs.view(x.dtype)[:, : zs.shape[1]]
+        return zs, zs.view(x.dtype)[:, : zs.shape[1]] if _writes_narrow(x, zs.dtype) else zs
 
     def teacher_logits(self, x: Tensor, weight: Tensor | None) -> Tensor:
         if self.teacher is None or weight is None:

@@ -233,6 +233,12 @@ def _alpha_beta(lp, lq, a, b, w):
     pb = tl.exp(b * lp)
     qb = tl.exp(b * lq)
     g = (a * pa * pb + b * qa * qb) / (a * b * (a + b)) - pa * qb / (a * b)
+    # Where p and q are close, that is the small rest of large terms, the larger the smaller a and b are: there it is written by exp(x) - 1.
+    limit = 1.0 / (a + b)
+    d = _finite(lp - lq)
+    near = _is_negative(tl.abs(d) - limit)
+    d = tl.minimum(tl.maximum(d, -limit), limit)
+    g += near * (pa * qb * (a * _expm1(b * d) + b * _expm1(-a * d)) / (a * b * (a + b)) - g)
     return g, qb * (qa - pa) / a
 
 
