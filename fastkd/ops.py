@@ -44,9 +44,9 @@ CHUNK_BYTES = {"cpu": 256 << 20}
 CHUNK_BYTES_GPU = 1 << 30
 CHUNK_TOKENS = 2048
 TILE_TOKENS = 128  # of a GEMM's tile on a GPU
-LEAST_CHUNK = 256  # of a group: fewer rows than that leave a GPU's row kernel waiting for memory
-GROUP_CHUNKS = 4  # about as many in a group whose dz is written apart
-FP16_TOP = 256.0  # where a gradient of a logit lies in fp16 when it is as large as its factors: what is near 0 is flushed, 65504 is inf
+LEAST_CHUNK = 256  # of a group: with fewer rows a GPU's row kernel and the products wait for memory
+MOST_CHUNK = 640
+FP16_BOOST = 64.0  # a gradient of a logit, and its products with the head, stay below 65504 / 64
 CHECK_ELEMENTS = 1 << 17  # of [N, K] lists that are checked at a time
 
 
@@ -250,6 +250,23 @@ def _chunk_size(tokens: int, bytes_per_token: int, device: torch.device, chunk_t
     return min(math.ceil(size / TILE_TOKENS) * TILE_TOKENS, most, tokens)
 
 
+def _group_sizes(tokens: int, logits_bytes: int, dz_bytes: int, device: torch.device, chunk_tokens: int) -> tuple[int, int]:
+    """Tokens of a group and of its chunks, all alike; (0, 0) where a group has no room."""
+    most = chunk_tokens or CHUNK_TOKENS
+    budget = max(most // 4, LEAST_CHUNK) * logits_bytes + most * dz_bytes if chunk_tokens else _budget(device)
+    best, least = (0, 0), math.inf
+    for size in range(LEAST_CHUNK, MOST_CHUNK + 1, TILE_TOKENS):
+        chunks = min((budget - size * logits_bytes) // (size * dz_bytes), most // size)
+        if chunks < 1:
+            continue
+        group = size * chunks
+        # A group reads and writes dW, a chunk reads both heads, most of it while the product before computes.
+        cost = math.ceil(tokens / group) + math.ceil(tokens / size) / 8
+        if cost <= least:
+            best, least = (min(group, tokens), min(size, tokens)), cost
+    return best
+
+
 def _gather(x: Tensor, rows: Tensor | None, part: slice) -> Tensor:
     """The rows of a chunk; of ``[N]``, ``[N, D]``, or a tensor of more dimensions, whose leading ones do not flatten without a copy."""
     if x.ndim <= 2:
@@ -385,9 +402,9 @@ def _prepare(host: _Host, spec: RowSpec, out: "_Outputs", student, labels, token
 
 
 def _fp16_boost(spec: RowSpec) -> float:
-    """A power of two that brings the factors of a logit's gradient near `FP16_TOP`."""
+    """`FP16_BOOST`, and what makes up for factors that are small, such as 1 / temperature without its square."""
     factor = (spec.kd_share * spec.kd_factor / spec.temperature + spec.ce_share) * abs(spec.student.scale)
-    return 2.0 ** math.floor(math.log2(FP16_TOP / factor)) if factor > 0 else 1.0
+    return FP16_BOOST * 2.0 ** math.floor(-math.log2(min(factor, 1.0) or 1.0))
 
 
 def _finish(host: _Host, call: _Call, out: "_Outputs"):
@@ -496,12 +513,9 @@ class _Chunks:
         self.student = self.teacher = self.gradients = None
         # A chunk of as many tokens as would be taken anyway gains nothing.
         if apart and weight is not None and _writes_narrow(student, logits_dtype) and self.size < min(tokens, CHUNK_TOKENS):
-            dz = student.element_size() * vocabulary
-            group = _chunk_size(tokens, per_token // GROUP_CHUNKS + dz, device, chunk_tokens)
-            logits = max(chunk_tokens // GROUP_CHUNKS, LEAST_CHUNK) if chunk_tokens else (_budget(device) - group * dz) // per_token
-            size = logits // TILE_TOKENS * TILE_TOKENS
-            if group >= 2 * LEAST_CHUNK and size >= LEAST_CHUNK:
-                self.group, self.size = group, min(group, size)
+            group, size = _group_sizes(tokens, per_token, student.element_size() * vocabulary, device, chunk_tokens)
+            if size < group:
+                self.group, self.size = group, size
                 self.gradients = torch.empty(group, vocabulary, dtype=student.dtype, device=device)
         if weight is not None:
             self.student = torch.empty(self.size, vocabulary, dtype=logits_dtype, device=device)
