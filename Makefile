@@ -30,16 +30,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	@$(PY) examples/demo.py
 
+# One process a core, each with one thread of torch's. PYTEST="-m pytest" runs them in one.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
+test test-fast test-lowest: export OMP_NUM_THREADS := 1
+
 test: $(VENV)/.installed
-	$(PY) -m pytest -m "not faults"
+	$(PY) $(PYTEST) -m "not faults"
 
 test-fast: $(VENV)/.installed
-	$(PY) -m pytest -m "not slow and not faults"
+	$(PY) $(PYTEST) -m "not slow and not faults"
 
 test-lowest:
 	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
 	@$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[dev,demo]'
-	$(VENV)-lowest/bin/python -m pytest -m "not slow and not faults"
+	$(VENV)-lowest/bin/python $(PYTEST) -m "not slow and not faults"
 
 faults: $(VENV)/.installed
 	$(PY) -m tests.faults --kills 50

@@ -1,5 +1,6 @@
 """What users call: `fused_linear_kd`, `kd_loss` and the divergences' public names."""
 
+import itertools
 import numbers
 import sys
 from collections.abc import Mapping
@@ -284,10 +285,11 @@ def _arguments(
 
 def _flat(x: Tensor) -> Tensor:
     """``[N, ...]`` without copying; a tensor that cannot be seen so stays as it is."""
-    try:
-        return x.view(-1, x.shape[-1])
-    except RuntimeError:
+    # By its strides: torch.compile cannot carry on after a view that fails.
+    outer = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    if x.numel() and any(stride != size * inner for (_, stride), (size, inner) in itertools.pairwise(outer)):
         return x
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _whole(tensor: Any) -> Any:

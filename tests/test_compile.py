@@ -99,3 +99,46 @@ def test_opcheck(name):
         torch.float32, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(ops.kd, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+class _Student(torch.nn.Module):
+    """A model that ends in the loss, as a training step compiles it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Embedding(30, 8), torch.nn.Linear(8, 8), torch.nn.GELU())
+        self.head = torch.nn.Linear(8, 30)
+
+    def forward(self, ids, teacher_hidden, teacher_weight, temperature):
+        teacher = TeacherHidden(teacher_hidden, teacher_weight)
+        hidden = self.body(ids)[:, :-1]
+        return fused_linear_kd(
+            hidden,
+            self.head.weight,
+            teacher,
+            ids[:, 1:],
+            student_bias=self.head.bias,
+            kd_ratio=0.5,
+            temperature=temperature,
+            chunk_tokens=5,
+        )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_a_model_that_uses_the_loss_is_one_graph(autocast):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    student, ids = _Student(), torch.randint(30, (3, 6))
+    compiled = torch.compile(student, fullgraph=True, backend=counter)
+    teacher = torch.randn(3, 5, 6), torch.randn(30, 6)
+    for temperature in (1.0, 1.5, 2.0):
+        gradients = []
+        for model in (compiled, student):
+            student.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(ids, *teacher, torch.tensor(temperature))
+            loss.backward()
+            gradients.append([loss.detach(), *(p.grad.clone() for p in student.parameters())])
+        for x, y in zip(*gradients, strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-7)
+    assert counter.frame_count == 1
