@@ -50,7 +50,7 @@ def test_figures_come_from_result_files():
     """Each number of the measured table is in the file that the README names beside it."""
     import json
 
-    section = TEXT.split("## Measured")[1].split("\n## ")[0]
+    section = TEXT.split("## Measured")[1].split("**Exactness**")[0]
     rows = json.loads((ROOT / "benchmarks" / "results" / "loss-cpu.json").read_text())["rows"]
     known = {(r["provider"], r["divergence"]): r for r in rows if "ratio" in r and not r.get("setting")}
     found = re.findall(r"^\| ([\w ().-]+?) \| ([^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", section, re.M)
@@ -74,3 +74,26 @@ def test_figures_of_the_store_come_from_its_file():
         seconds = " | ".join(f"{row[f'seconds_{mode}']:.0f} s" for mode in ("live", "filling", "stored"))
         peaks = f"{row['peak_mb_live']:.0f}, {row['peak_mb_stored']:.0f}"
         assert f"| {name} | {seconds} | {row['speedup']:.2f} | {row['ceiling']:.2f} | {peaks} |" in TEXT
+
+
+def test_figures_of_the_exactness_come_from_their_file():
+    import json
+    from statistics import median
+
+    rows = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())["rows"]
+    table = TEXT.split("| | distance 0.01 |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 6
+    for line in table:
+        provider, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for distance, cell in zip((0.01, 0.05, 0.3, 1.0), cells, strict=True):
+            errors = [r["errors"].get(provider) for r in rows if r["dtype"] == "bf16" and r["distance"] == distance]
+            found = [e[2] for e in errors if isinstance(e, list)]
+            assert [float(x) for x in cell.split("/")] == [float(f"{x:.2g}") for x in (median(found), max(found))], (provider, distance)
+
+
+def test_the_random_cases_that_were_run_had_no_failure():
+    import json
+
+    report = json.loads((ROOT / "benchmarks" / "results" / "random-cases.json").read_text())
+    assert report["cases"] == 10_000
+    assert not report["failures"]
