@@ -33,6 +33,7 @@ from fastkd_kernels.spec import Head, RowSpec  # noqa: E402
 # Rows of a chunk, so that all buffers are of one size; multiples of the product's block, divisors of N.
 CHUNKS = {"fp32": 1024, "16 bits": 2048, "offset": 2048}
 ROUNDS = 8
+CALLS = 10  # timed together, of what is not long beside its launch
 Row = dict[str, Any]
 
 
@@ -78,12 +79,12 @@ def _rows(device: torch.device) -> Iterator[Row]:
                 yield {"shape": name, **row}
 
 
-def timed(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS) -> dict[str, float]:
+def timed(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS, at_once: int = 1) -> dict[str, float]:
     """The least time of each in ms; they take turns, so that what slows the machine slows all."""
     best: dict[str, float] = {}
     for i in range(rounds + 1):
         for key, call in calls.items():
-            ms = milliseconds(call, device)
+            ms = milliseconds(call, device, at_once)
             if i:  # the first one compiles
                 best[key] = min(ms, best.get(key, ms))
     return best
@@ -116,7 +117,7 @@ def products(problem: Problem, configs: dict[str, Any], chunk: int = CHUNKS["off
             ours = partial(offset_gemm.offset_logits, hidden, weight, out, Head(), temperature=1.0, shared=weight.shape[0], config=config)
             calls = {"ours": ours, **{name: partial(_mm, hidden, weight.t(), z) for name, z in (("mm", narrow), ("mm_fp32", wide))}}
             try:
-                ms = timed(calls, problem.device, rounds)
+                ms = timed(calls, problem.device, rounds, CALLS)
             except Exception as error:  # a configuration that does not fit this GPU is a row that says so
                 yield row | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
                 continue
@@ -129,7 +130,7 @@ def row_kernels(problem: Problem, chunks: dict[str, int] = CHUNKS, rounds: int =
     for kind, size in (("offset", 6), ("fp32", 18), ("16 bits", 10)):
         step, part = Chunks(problem, kind, chunks[kind]), slice(0, chunks[kind])
         step.logits(part)
-        ms = timed({kind: partial(step.rows, part)}, problem.device, rounds)[kind]
+        ms = timed({kind: partial(step.rows, part)}, problem.device, rounds, CALLS)[kind]
         yield {"what": "row kernel", "logits": kind, "chunk": chunks[kind], "ms": ms,
                "gb_per_s": size * chunks[kind] * problem.weight.shape[0] / ms / 1e6}  # fmt: skip
 

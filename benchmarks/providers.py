@@ -22,7 +22,7 @@ from fastkd_kernels.spec import RowSpec
 
 __all__ = ["FLOORS", "PROVIDERS", "Problem", "Provider", "Truth", "Unavailable", "truth"]
 
-SMALL_CHUNK = 832  # tokens: half of what the default gives shapes A and B on a GPU
+SMALL_CHUNK = 768  # tokens of a group on a GPU, in parts of 256: about half of the default's memory at shapes A and B
 IGNORED = -100
 
 
@@ -226,10 +226,11 @@ def _trl(problem: Problem) -> Step:
     )
 
 
-def _fla(problem: Problem) -> Step:
+def _fla(problem: Problem, **options: bool) -> Step:
+    """By default dz and hidden states are widened for dW: a product of fp32 operands, several times slower than one of 16-bit operands."""
     problem.require("fla's fused_kl_div_loss", divergences=("forward_kl",), gpu=True)
     loss = _import("fla.modules.fused_kl_div", "fused_kl_div_loss", "fla-core")
-    return problem.step(lambda: loss(problem.hidden, problem.teacher_hidden, problem.weight, problem.teacher_weight))
+    return problem.step(lambda: loss(problem.hidden, problem.teacher_hidden, problem.weight, problem.teacher_weight, **options))
 
 
 # Floors, and parts of a step.
@@ -304,12 +305,15 @@ def _copy(problem: Problem, rounded: bool = False) -> Step:
 
 @dataclass(frozen=True)
 class Provider:
-    """floor: a name in `FLOORS`, measured beside it. loss: its step returns a loss and gradients. compiles: by torch.compile."""
+    """floor: a name in `FLOORS`, measured beside it. loss: its step returns a loss and gradients. compiles: by torch.compile.
+    calls: so many are timed together on a GPU, where one alone is not long beside its launch.
+    """
 
     build: Callable[[Problem], Step]
     floor: str = "gemms"
     loss: bool = True
     compiles: bool = False
+    calls: int = 1
 
 
 FLOORS: dict[str, Callable[[Problem], Step]] = {"gemms": _gemms, "copy": _copy, "copy, 16-bit": partial(_copy, rounded=True)}
@@ -326,8 +330,9 @@ PROVIDERS = {
     "liger FusedLinearKLDiv": Provider(_liger_kl),
     "trl": Provider(_trl),
     "fla": Provider(_fla),
-    "row kernel": Provider(_row_kernel, floor="copy", loss=False),
-    "row kernel 16-bit logits": Provider(partial(_row_kernel, rounded=True), floor="copy, 16-bit", loss=False),
+    "fla 16-bit dW": Provider(partial(_fla, accumulate_grad_in_fp32=False)),
+    "row kernel": Provider(_row_kernel, floor="copy", loss=False, calls=20),
+    "row kernel 16-bit logits": Provider(partial(_row_kernel, rounded=True), floor="copy, 16-bit", loss=False, calls=20),
     "gemms preallocated": Provider(_gemms_preallocated, loss=False),
 }
 

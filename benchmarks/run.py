@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]  # from a checkout, installed 
 import torch  # noqa: E402
 
 from benchmarks.cells import CELLS, LIMITS, TARGETS, Cell, Target  # noqa: E402
+from benchmarks.providers import PROVIDERS  # noqa: E402
 from fastkd.files import write_whole  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "fla-core")
-CELL_SECONDS = {"cuda": 60, "cpu": 300}  # a cell that takes longer, compiling included, is given up
+# A cell that takes longer, its first call included, is given up; with torch.compile it gets half as long again.
+CELL_SECONDS = {"cuda": 60, "cpu": 300}
+START_SECONDS = 120  # to import everything and begin the first cell
 LATE = "not begun: no time left"
+UNBEGUN = "not begun: the process that measures does not start"
+NOTED_ERROR = 0.05  # of a gradient that a row's note tells
 Row = dict[str, Any]
 
 
@@ -55,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     report = stamp(argv, options.device)
 
     def write(rows: list[Row]) -> None:
-        done = len(rows) == len(chosen) and not any(row.get("skipped") == LATE for row in rows)
+        done = len(rows) == len(chosen) and not any(row.get("skipped") in (LATE, UNBEGUN) for row in rows)
         write_whole(path, json.dumps(report | {"complete": done, "rows": rows}, indent=1) + "\n")
 
     rows = run_cells(name, chosen, options.device, seconds, options.deadline, write)
@@ -63,16 +69,18 @@ def main(argv: list[str] | None = None) -> int:
     print(table(rows))
     gpu = report["hardware"]["gpu"]
     broken = failures(rows)
-    if gpu is not None and ("H100" in gpu or "H200" in gpu):
-        judged = [(target, judge(target, rows)) for target in TARGETS]
-        print("\n".join(line for _, (line, _) in judged))
-        broken += [line for _, (line, met) in judged if met is False]
+    if gpu is not None:
+        lines, missed = judge_all({CELLS[name][i] for i in chosen}, rows, meant="H100" in gpu or "H200" in gpu)
+        for line in lines:
+            print(line)
+        broken += missed
     for line in broken:
         print("failed: " + line, file=sys.stderr)
     for drawn in _plots(path, rows):
         print(f"drawn: {drawn}")
     print(f"written: {path}")
-    return 1 if options.check and broken else 0
+    unbegun = any(row.get("skipped") == UNBEGUN for row in rows)
+    return 1 if unbegun or (options.check and broken) else 0
 
 
 def _matches(name: str, only: str | None) -> bool:
@@ -92,6 +100,11 @@ def run_cells(
         print(f"{cells[index].name}: {text}", file=sys.stderr, flush=True)
         write([describe(cells[i]) | rows[i] for i in chosen if i in rows])
 
+    def limit(began: int | None) -> float:
+        if began is None:
+            return START_SECONDS
+        return CELL_SECONDS[device] * (1.5 if PROVIDERS[cells[began].provider].compiles else 1)
+
     until = None if deadline is None else time.time() + deadline
     with tempfile.TemporaryDirectory() as folder:
         journal, log = Path(folder) / "journal", Path(folder) / "log"
@@ -106,17 +119,34 @@ def run_cells(
             command += [] if until is None else [f"--until={until}"]
             path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
             with log.open("w") as file:
-                child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, stdout=file, stderr=subprocess.STDOUT)
-                began = _watch(child, journal, CELL_SECONDS[device], note)
+                environment = os.environ | {"PYTHONPATH": path}
+                # A group of its own: what the child starts ends with it, whatever ends this.
+                child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+                try:
+                    began = _watch(child, journal, limit, note)
+                finally:
+                    _kill_group(child)
+                    child.wait()
             if began is not None and began not in rows:
                 note(began, {"skipped": f"failed: the process ended with status {child.returncode}", "traceback": log.read_text()[-3000:]})
             elif began is None and not (until is not None and time.time() > until):
-                raise RuntimeError(f"no cell was begun:\n{log.read_text()[-4000:]}")
+                said = log.read_text()
+                last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+                print(f"no cell was begun: status {child.returncode}: {last.strip()}", file=sys.stderr, flush=True)
+                rows |= {i: {"skipped": UNBEGUN, "traceback": said[-3000:]} for i in waiting}
+                break
     return [describe(cells[i]) | rows[i] for i in chosen]
 
 
-def _watch(child: subprocess.Popen, journal: Path, limit: float, done: Callable[[int, Row], None]) -> int | None:
-    """Hand on each finished cell of the child until it ends; kill it when a cell takes too long. Returns the last cell begun."""
+def _kill_group(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _watch(child: subprocess.Popen, journal: Path, limit: Callable[[int | None], float], done: Callable[[int, Row], None]) -> int | None:
+    """Hand on each finished cell of the child until it ends; kill it when a cell takes longer than ``limit`` of it, or the start than that
+    of None. Returns the last cell begun.
+    """
     began, read, since = None, 0, time.monotonic()
     while True:
         ended = child.poll() is not None
@@ -129,8 +159,8 @@ def _watch(child: subprocess.Popen, journal: Path, limit: float, done: Callable[
                 done(line["done"], line["row"])
         if ended:
             return began
-        if began is not None and time.monotonic() - since > limit:
-            child.kill()
+        if time.monotonic() - since > limit(began):
+            _kill_group(child)
         time.sleep(0.2)
 
 
@@ -152,10 +182,11 @@ def describe(cell: Cell) -> Row:
 def _plots(path: Path, rows: list[Row]) -> list[Path]:
     try:
         from benchmarks.plots import draw
-    except ImportError as error:
-        print(f"no plots: {error}", file=sys.stderr)
+
+        return draw(rows, path)
+    except Exception as error:  # matplotlib is missing, or fails: no reason to lose what was measured
+        print(f"no plots: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}", file=sys.stderr)
         return []
-    return draw(rows, path)
 
 
 def stamp(argv: list[str] | None, device: str, script: str = "benchmarks/run.py") -> dict[str, Any]:
@@ -195,13 +226,18 @@ GPU_FACTS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "cloc
 
 
 def _gpu() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU; nothing where it is missing."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
+    """What nvidia-smi says of the GPU that torch uses; nothing where it is missing or says something else."""
+    uuid = str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None))
+    command = ["nvidia-smi", f"--query-gpu={','.join(('uuid', *GPU_FACTS))}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, ValueError, subprocess.SubprocessError):
         return {}
-    return dict(zip(GPU_FACTS, (x.strip() for x in done.stdout.splitlines()[0].split(",")), strict=True))
+    for line in said.splitlines():
+        of, *facts = (x.strip() for x in line.split(","))
+        if of.removeprefix("GPU-") == uuid and len(facts) == len(GPU_FACTS):
+            return dict(zip(GPU_FACTS, facts, strict=True))
+    return {}
 
 
 def _cpu_name() -> str:
@@ -213,14 +249,14 @@ def _cpu_name() -> str:
 
 
 def failures(rows: list[Row]) -> list[str]:
-    """fastkd's rows that break a promise, and rows that failed or do not compute the same: a sentence each."""
+    """fastkd's rows that break a promise, fail or do not compute the same: a sentence each. A peer that does not is none."""
     found = []
     for row in rows:
         name = _name(row)
-        if row.get("agrees") is False:
-            found.append(f"{name}: errors {row['error']}")
         if not row["provider"].startswith("fastkd"):
             continue
+        if row.get("agrees") is False:
+            found.append(f"{name}: errors {row['error']}")
         if row.get("skipped", "").startswith("failed"):
             found.append(f"{name}: {row['skipped']}")
         if row["shape"] != "cpu" or row["provider"] != "fastkd" or "ratio" not in row:
@@ -239,14 +275,28 @@ def judge(target: Target, rows: list[Row]) -> tuple[str, bool | None]:
 
     def value(cell: Cell) -> float | None:
         row = next((r for r in rows if describe(cell).items() <= r.items()), {})
+        if not row.get("agrees", True):
+            others.append(cell.provider)
         return row.get(target.field)
 
+    others: list[str] = []
     limit = f"at most {target.at_most:.2f}" if target.at_most is not None else f"at least {target.at_least:.2f}"
     found, over = value(target.cell), 1.0 if target.over is None else value(target.over)
+    if others:
+        return f"target {target.text}: {limit}: not measured: {', '.join(others)} computes something else", None
     if found is None or not over:
         return f"target {target.text}: {limit}: not measured", None
     met = found / over <= target.at_most if target.at_most is not None else found / over >= (target.at_least or 0.0)
     return f"target {target.text}: {limit}: {found / over:.2f}, {'met' if met else 'missed'}", met
+
+
+def judge_all(chosen: set[Cell], rows: list[Row], *, meant: bool) -> tuple[list[str], list[str]]:
+    """Lines on the targets whose cells were chosen, and those that fail a check: what is missed, on a GPU that the targets are meant for,
+    and what of our own was not measured, on any.
+    """
+    judged = [(target, *judge(target, rows)) for target in TARGETS if chosen.issuperset(target.cells)]
+    lines = [line for _, line, met in judged if meant or met is None]
+    return lines, [line for target, line, met in judged if (met is False and meant) or (met is None and target.ours)]
 
 
 def _name(row: Row) -> str:
@@ -266,7 +316,12 @@ def table(rows: list[Row]) -> str:
         start = f"{_name(row):56}"
         errors = row.get("error", {})
         percent = [f"{100 * errors[k]:.2g}" if k in errors else "" for k in ("d_hidden", "d_weight")]
-        note = row.get("skipped", "") if row.get("agrees", True) else "computes something else"
+        note = row.get("skipped", "")
+        worst = max((errors[k] for k in ("d_hidden", "d_weight") if k in errors), default=0.0)
+        if not row.get("agrees", True):
+            note = "computes something else" + (f", loss off by {100 * errors['loss']:.2g} %" if "loss" in errors else "")
+        elif worst > NOTED_ERROR and not note:
+            note = f"gradients off by {100 * worst:.0f} %"
         bound = _mb(row["bound_bytes"] + row["output_bytes"]) if row.get("bound_bytes") else ""
         times = f"{row['ms']:9.1f} {row['ratio']:8.2f}" if "ms" in row else f"{'':18}"
         lines.append(f"{start} {times} {_mb(row.get('peak_extra_bytes')):>7} {bound:>6} {percent[0]:>7} {percent[1]:>7}  {note}".rstrip())
@@ -274,4 +329,5 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, which ends the cell in progress, too
     sys.exit(main())

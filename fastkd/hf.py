@@ -27,7 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Head", "head_of", "hidden_states_and_head", "is_sharded", "redirected", "run_at_head", "run_body", "verify_head"]
+__all__ = [
+    "Head", "fsdp_units", "head_of", "hidden_states_and_head", "is_partitioned", "is_sharded", "redirected", "run_at_head", "run_body",
+    "verify_head",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def run_body(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor | None]:
             when `config.output_router_logits` is set or `output_router_logits=True` is passed.
 
     Raises:
-        ValueError: when the model is not a causal LM with one linear head.
+        ValueError: when the model is not a causal LM with one linear head, or is sharded and this is not inside its call (`redirected`).
     """
     lm = _causal_lm(model)
     linear = _linear(lm)
@@ -90,7 +93,7 @@ def run_body(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor | None]:
 
     def record(hidden: Tensor) -> Tensor:
         seen.append(hidden)
-        return hidden.new_zeros(*hidden.shape[:-1], 1)
+        return _stub(hidden)
 
     output = _forward(lm, linear, record, inputs)
     _check_calls(lm, [x.shape for x in seen])
@@ -109,13 +112,15 @@ def run_at_head(model: nn.Module, function: Callable[[Tensor, Head], Any], /, **
     Args:
         model, inputs: as `run_body` takes them; of a model that is sharded, inside its own call (`redirected`).
         function: gets `hidden [B, S, D]` and the `Head` with its weight whole, which must not be used after it returns. It returns a
-            tensor, or a tuple, list or dict with tensors in it; of what is nested deeper wrappers may not see the autograd graph.
+            tensor, or a tuple, list or dict with tensors in it; of what is nested deeper wrappers may not see the autograd graph. They
+            may also cast it: under a mixed precision policy with an ``output_dtype`` FSDP2 rounds every tensor in it, those in
+            dataclasses too, and once more in what the model's own call returns. Keep figures in a variable outside instead.
 
     Returns:
         What `function` returned, as hooks of the head handed it on, and the auxiliary loss of `run_body`.
 
     Raises:
-        ValueError: when the model is not a causal LM with one linear head.
+        ValueError: when the model is not a causal LM with one linear head, or is sharded and this is not inside its call.
     """
     lm = _causal_lm(model)
     linear, tail = _linear(lm), _tail(lm)
@@ -125,11 +130,13 @@ def run_at_head(model: nn.Module, function: Callable[[Tensor, Head], Any], /, **
     def instead(hidden: Tensor) -> Any:
         shapes.append(hidden.shape)
         _check_calls(lm, shapes)
+        if hasattr(linear.weight, "full_tensor") and is_sharded(lm):
+            raise _outside_its_call(lm)
         return function(hidden, _head(linear, tail))
 
     def hand_on(_: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> Tensor:
         found.append(output)
-        return arguments[0].new_zeros(*arguments[0].shape[:-1], 1)
+        return _stub(arguments[0])
 
     # Registered last and so called last: a wrapper's hooks see the loss, the rest of the model's forward sees logits.
     handle = linear.register_forward_hook(hand_on)
@@ -139,6 +146,11 @@ def run_at_head(model: nn.Module, function: Callable[[Tensor, Head], Any], /, **
         handle.remove()
     _check_calls(lm, shapes)
     return found[0], _aux_loss(lm, output)
+
+
+def _stub(hidden: Tensor) -> Tensor:
+    """Logits of a vocabulary of one, for the rest of a model's forward."""
+    return hidden.new_zeros(*hidden.shape[:-1], 1)
 
 
 def _check_calls(lm: Any, shapes: list[torch.Size]) -> None:
@@ -161,15 +173,23 @@ def _aux_loss(lm: Any, output: Any) -> Tensor | None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the weights are whole only while the modules that hold them are called: under FSDP2 or DeepSpeed ZeRO-3."""
+    return is_partitioned(model) or bool(fsdp_units(model))
+
+
+def fsdp_units(model: nn.Module) -> list[Any]:
+    """The modules in a model that `fully_shard` was called on."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever sharded the model
-    return any(hasattr(p, "ds_id") for p in model.parameters()) or (
-        fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules())
-    )
+    return [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the weights, which are empty unless an engine around the model gathers them."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextmanager
 def redirected(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """`module(...)`, hooks and wrappers included, runs `forward` meanwhile."""
+    """`module(...)`, hooks and wrappers included, runs `forward` meanwhile. Of a wrapper give the module inside: ``ddp.module``."""
     own = vars(module).get("forward")
     module.forward = forward  # type: ignore[method-assign]
     try:
@@ -185,7 +205,7 @@ def head_of(model: nn.Module) -> Head:
 
     The first call on a model runs it on two tokens (in eval mode, without gradients, without touching a random state) to see what
     its forward does to the logits; this is remembered until a number in the model's config changes. Make that call before FSDP
-    shards the model.
+    shards the model, or inside its call (`redirected`).
 
     Raises:
         ValueError: when the model has no plain `nn.Linear` as head, or treats its logits in a way that `Head` cannot express.
@@ -242,8 +262,9 @@ def verify_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | No
     if ours.shape != own.shape:
         raise _cannot(lm, f"the split gives logits of shape {tuple(ours.shape)}, the model {tuple(own.shape)}")
     keep = slice(None) if attention_mask is None else attention_mask.to(own.device) != 0
-    own, ours = own[keep].double(), ours[keep].to(own.device)
-    error = float((own - ours).abs().max())
+    own, ours = own[keep], ours[keep].to(own.device)
+    error = float((own.double() - ours).abs().max())
+    eps = max(eps, torch.finfo(own.dtype).eps)  # a wrapper may round what a model returns
     # The matrix product is the same; in the narrow types the model rounds a few elementwise operations that ours does in float64.
     # 1e-5 is for the wide ones: some models pass through float32, and in some bodies a GPU adds in another order each time.
     tolerance = max(3 * eps, 1e-5) * float(own.abs().max())
@@ -315,8 +336,27 @@ def _forward(lm: Any, linear: nn.Linear, head_forward: Callable[[Tensor], Any], 
     # Some pass it on to their body without naming it; a cache would make them forget that rows may be packed.
     if any("use_cache" in inspect.signature(type(part).forward).parameters for part in (lm, lm.base_model)):
         inputs.setdefault("use_cache", False)
-    with redirected(linear, head_forward):
-        return type(lm).forward(lm, **inputs)
+    reached = False
+
+    def at_head(hidden: Tensor) -> Any:
+        nonlocal reached
+        reached = True
+        return head_forward(hidden)
+
+    try:
+        with redirected(linear, at_head):
+            return type(lm).forward(lm, **inputs)
+    except RuntimeError as error:
+        if not reached and "DTensor" in str(error) and is_sharded(lm):  # torch: "got mixed torch.Tensor and DTensor"
+            raise _outside_its_call(lm) from error
+        raise
+
+
+def _outside_its_call(lm: Any) -> ValueError:
+    return ValueError(
+        f"{type(lm).__name__} is sharded, its weights are whole only inside its own call: run this in a forward given to"
+        " fastkd.hf.redirected, and call the model"
+    )
 
 
 def _causal_lm(model: Any) -> Any:

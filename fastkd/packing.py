@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from .data import IGNORE, DataError
-from .hf import _causal_lm, _eval_mode, run_body
+from .hf import Head, _causal_lm, _eval_mode, redirected, run_at_head
 
 __all__ = ["keeps_documents_apart", "pack", "suited_to"]
 
@@ -108,11 +108,12 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     It runs the model twice on two rows of 21 tokens, in eval mode and without touching a random state. In one row a document comes second:
     exchanging the first one must not change it. In the other it comes first: its hidden states must be the same there. Models with
     recurrent or convolutional layers fail this, those with positions of their own making (OPT), and flash attention in batches of several
-    rows, as it is told of documents in batches of one row alone.
+    rows, as it is told of documents in batches of one row alone. A model that is sharded is called on all processes together.
 
     Raises:
-        ValueError: when the model is not a causal LM with one linear head (`fastkd.hf.run_body`).
+        ValueError: when the model is not a causal LM with one linear head (`fastkd.hf.run_at_head`).
     """
+    model = getattr(model, "_orig_mod", model)
     lm = _causal_lm(model)
     accepted = inspect.signature(type(lm).forward).parameters.values()
     if not any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in accepted):
@@ -125,16 +126,26 @@ def keeps_documents_apart(model: nn.Module) -> bool:
     device = lm.get_input_embeddings().weight.device
     position_ids = torch.stack([_positions(12, 9), _positions(9, 12)]).to(device)
 
+    eps = torch.finfo(next(p.dtype for p in lm.parameters() if p.is_floating_point())).eps
+    seen: list[Tensor] = []
+
+    def keep(hidden: Tensor, _: Head) -> Tensor:
+        seen.append(hidden)
+        return hidden
+
     def hidden(before: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal eps
         rows = torch.stack([torch.cat([before, here]), torch.cat([here, before])]).to(device)
-        out, _ = run_body(model, input_ids=rows, position_ids=position_ids)
+        with redirected(model, lambda **inputs: run_at_head(model, keep, **inputs)[0]):
+            model(input_ids=rows, position_ids=position_ids)
+        out = seen.pop()
+        eps = max(eps, torch.finfo(out.dtype).eps)  # a wrapper may compute in another dtype
         return out[0, 12:].double(), out[1, :9].double()
 
-    dtype = next(p.dtype for p in lm.parameters() if p.is_floating_point())
     with torch.autocast(device.type, enabled=False), _eval_mode(model):
         second, first = hidden(other)
         exchanged, _ = hidden(third)
-    size, eps = float(first.abs().max()), torch.finfo(dtype).eps
+    size = float(first.abs().max())
     # What masking hides is multiplied by an exact 0; only kernels that group the tokens of a batch (experts) may then round otherwise.
     unseen = float((second - exchanged).abs().max()) <= max(eps, 1e-5) * size
     # Here the sums run over other places of the row, which rounds otherwise in every layer.

@@ -66,8 +66,10 @@ def vocab_parallel_linear_kd(
         The others and the return value are those of `fused_linear_kd`. Inside torch.compile wrap it in `torch.compiler.disable`.
 
     Raises:
-        ValueError, TypeError: as `fused_linear_kd`, on every rank when on one; or where ranks differ in shapes, dtypes, settings or what
-            needs a gradient (the values of tensors are taken on trust), or their slices do not match.
+        ValueError, TypeError: as `fused_linear_kd`, on every rank when on one, an exception of another kind as a ValueError that names it
+            (but a ``student_hidden`` that is no tensor is refused where it is: nothing tells how to reach the others); or where ranks
+            differ in shapes, dtypes, settings or what needs a gradient (the values of tensors are taken on trust), or their slices do
+            not match.
 
     Source: Megatron-LM (arXiv 1909.08053), section 3, which spreads the cross-entropy of a head in this way.
     """
@@ -95,7 +97,7 @@ def vocab_parallel_linear_kd(
         )  # fmt: skip
         facts = _facts(*arguments)
         sizes = (weight.shape[0], 0 if inner is None else inner.weight.shape[0])
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the others must not wait for this rank
         refused = error
     every = ranks.agree(student_hidden.device, refused, facts, sizes)
     slices = _Slices([s for s, _ in every], [t for _, t in every], ranks.rank)
@@ -178,7 +180,10 @@ class _Ranks:
         return [row[2:] for row in every]
 
     def _refuse(self, refused: Exception | None, facts: dict[str, Any]) -> None:
-        said = None if refused is None else (isinstance(refused, TypeError), str(refused))
+        said = None
+        if refused is not None:
+            text = str(refused) if isinstance(refused, TypeError | ValueError) else f"{type(refused).__name__}: {refused}"
+            said = isinstance(refused, TypeError), text
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, (said, facts), group=self.group)
         errors = [(r, *said) for r, (said, _) in enumerate(every) if said]
@@ -221,7 +226,7 @@ def _kd(
         host = ops._read_host(
             labels, token_weight, counted, None, teacher is not None, knobs, absent, divergence, slices.vocabulary, ignore_index, total
         )
-    except ValueError as error:
+    except Exception as error:
         refused = error
     ranks.agree(student.device, refused, _host_facts(host, divergence))
     assert host is not None

@@ -30,7 +30,7 @@ from transformers.integrations import deepspeed
 
 from .data import IGNORE, KDCollator
 from .files import json_hash, write_whole
-from .hf import Head, head_of, is_sharded, redirected, run_at_head, run_body
+from .hf import Head, fsdp_units, head_of, is_partitioned, is_sharded, redirected, run_at_head, run_body
 from .models import check_tokenizers, config_hash, fingerprint, load_model, load_tokenizer, model_files, outline
 from .preparation import check_head, pad_id, place
 from .signals import Signal, TeacherHidden, TeacherTopK
@@ -114,6 +114,8 @@ class _Teacher:
 
     source: TeacherSource
     body: nn.Module | None = None
+    sharded: bool = False  # the body, which is whole during its call alone
+    units: list[Any] = field(default_factory=list)  # of FSDP2, in the body
     head: Head | None = None
     outline: nn.Module | None = None
     identity: dict[str, Any] | None = None
@@ -241,7 +243,8 @@ class Teachers:
                 if _device_of(body) != device and not getattr(body, "hf_device_map", None):
                     body.to(device)
                 body.eval()
-            teacher.body, teacher.head, teacher.parked = body, None, False
+            teacher.body, teacher.head, teacher.parked, teacher.units = body, None, False, fsdp_units(body)
+            teacher.sharded = bool(teacher.units) or is_partitioned(body)  # asked once: it looks at each module and parameter
         if self._verify and not teacher.checked:
             with _random_state_kept():
                 check_head(f"teacher {name!r}", body)
@@ -281,7 +284,7 @@ class Teachers:
         store = self.stores.get((name, split))
         if store is None:
             hidden, head = self._live(name, batch)
-            return _hidden_signal(hidden.to(self.device), _moved(head, self.device) if is_sharded(self.model(name)) else self.head(name))
+            return _hidden_signal(hidden.to(self.device), _moved(head, self.device) if self._get(name).sharded else self.head(name))
         rows = self._stored(name, store, labels, index)
         counted = labels != IGNORE
 
@@ -308,14 +311,15 @@ class Teachers:
         return TeacherTopK(ids, log_probs, store.temperature, torch.where(counted, -torch.inf, 0.0))
 
     def _live(self, name: str, batch: Mapping[str, Tensor]) -> tuple[Tensor, Head]:
-        body = self.model(name)
+        body, teacher = self.model(name), self._get(name)
         device = _device_of(body)
         inputs = {key: value.to(device) for key, value in batch.items() if key not in _NOT_INPUTS}
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # the teacher keeps its own dtype
-            if is_sharded(body):
-                # The body's hooks gather its weights when it is called, and its head is whole inside the head's call alone.
-                with redirected(body, lambda **inputs: run_at_head(body, _kept, **inputs)[0]):
-                    return body(**inputs)
+            if teacher.sharded:
+                found = _copied(body, inputs)
+                for unit in teacher.units:  # FSDP2 leaves a root whole for a backward pass, which does not come
+                    unit.reshard()
+                return found
             hidden, _ = run_body(body, **inputs)
         return hidden, head_of(body)
 
@@ -553,9 +557,18 @@ def _hidden_signal(hidden: Tensor, head: Head) -> TeacherHidden:
     return TeacherHidden(hidden, head.weight, head.bias, head.softcap, head.scale)
 
 
-def _kept(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    bias = None if head.bias is None else head.bias.clone()
-    return hidden, dataclasses.replace(head, weight=head.weight.clone(), bias=bias)
+def _copied(body: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Head]:
+    """The hidden states of a sharded teacher and a copy of its head, which is whole inside the head's call alone."""
+    kept: list[tuple[Tensor, Head]] = []
+
+    def keep(hidden: Tensor, head: Head) -> Tensor:
+        bias = None if head.bias is None else head.bias.clone()
+        kept.append((hidden, dataclasses.replace(head, weight=head.weight.clone(), bias=bias)))
+        return hidden
+
+    with redirected(body, lambda **inputs: run_at_head(body, keep, **inputs)[0]):
+        body(**inputs)
+    return kept[0]
 
 
 def _moved(head: Head, device: torch.device) -> Head:

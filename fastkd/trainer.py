@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -25,7 +25,7 @@ from .arguments import KDConfig
 from .data import KDCollator
 from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
-from .hf import Head, head_of, is_sharded, redirected, run_at_head
+from .hf import Head, head_of, is_partitioned, is_sharded, redirected, run_at_head
 from .models import load_tokenizer
 from .pacing import DUMMY, StageCallback, filled_plan, learning_rate_factor, plan_loader, sample_table, schedule_for, teacher_of
 from .packing import suited_to
@@ -109,7 +109,8 @@ class KDTrainer(Trainer):
 
     Raises:
         NonFiniteLossError: in `train`, with the ids of the samples.
-        ValueError, TypeError: for arguments that do not fit together, before any training.
+        ValueError, TypeError: for arguments that do not fit together, before any training. ValueError in `evaluate` and `predict` before
+            `train` under FSDP and DeepSpeed ZeRO-3.
     """
 
     args: KDConfig
@@ -150,7 +151,7 @@ class KDTrainer(Trainer):
                 check_apart(student, source.model)
         self.plan = filled_plan(plan, args, list(sources))
         sharded = bool(args.deepspeed or args.fsdp) or any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
-        self.teachers = Teachers(sources, device=args.device, tokenizer=processing_class, verify=not sharded)
+        self.teachers = Teachers(sources, device=args.device, tokenizer=processing_class)
         first = teacher_of(self.plan.stages[0])
         resumable = any(Path(str(args.output_dir)).glob("checkpoint-*"))  # in a later stage, perhaps
         if first is not None and args.store is None and not resumable:
@@ -229,22 +230,32 @@ class KDTrainer(Trainer):
             assert point.teacher is not None  # `Plan.filled` has seen to it
             signal = self.teachers.signal(point.teacher, batch, labels, index, split="train")
 
+        # Figures are kept beside what the student's call returns, which wrappers may round.
+        kept: list[tuple[Tensor, LossParts]] = []
+        extra: list[Tensor] = []
+
         def at_head(hidden, head):
-            return self._fused(point, hidden, head, signal, labels, num_items_in_batch)
+            loss, parts = self._fused(point, hidden, head, signal, labels, num_items_in_batch)
+            kept.append((loss.detach(), parts))
+            return loss
 
         def forward(student, batch):
-            (loss, parts), aux_loss = run_at_head(student, at_head, **batch)
+            loss, aux_loss = run_at_head(student, at_head, **batch)
             if aux_loss is not None:
                 # Weighted by the micro-batch's share of the tokens. How evenly a router balances depends on the micro-batch, so that
                 # this term, unlike the loss itself, is not the same however a batch is split.
+                exact, parts = kept[0]
                 total = parts.tokens if num_items_in_batch is None else num_items_in_batch
-                loss = loss + aux_loss.to(loss.dtype) * (parts.tokens / max(total, 1))
-            return loss, parts
+                aux_loss = aux_loss.to(exact.dtype) * (parts.tokens / max(total, 1))
+                extra.append(aux_loss.detach())
+                loss = loss + aux_loss
+            return loss
 
-        loss, parts = self._in_student(model, forward, batch)
+        loss = self._in_student(model, forward, batch)
+        ((exact, parts),) = kept
         total = parts.tokens if num_items_in_batch is None else num_items_in_batch
         if model.training:
-            self._account(loss.detach() * total, parts, point, index)
+            self._account(sum(extra, exact) * total, parts, point, index)
         if self.args.world_size > 1 and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes, the normaliser already counts them all
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -330,6 +341,10 @@ class KDTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
+        student: Any = self.model
+        if not self.accelerator._models and (self.is_fsdp_enabled or is_partitioned(student)):
+            # Nor can it be prepared here: accelerate takes a model for FSDP2 together with its optimizer alone.
+            raise ValueError("evaluate, predict: expected train before: under FSDP and DeepSpeed ZeRO-3 it prepares the student")
         self.teachers.stage([] if self.eval_teacher is None else [self.eval_teacher])
         split = next((name for name, data in self._datasets().items() if data is getattr(dataloader, "dataset", None)), "")
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed: training must not depend on when it is evaluated
@@ -382,10 +397,13 @@ class KDTrainer(Trainer):
         # A store of probabilities has one temperature, and no other stage distils at another.
         temperature = signal.temperature if isinstance(signal, TeacherTopK) else point.temperature
 
-        def at_head(hidden, head):
-            return token_metrics(hidden, head, signal, labels, self.args.divergence, point.parameters, temperature)
+        found: dict[str, Tensor] = {}  # beside what the student's call returns, which wrappers may round
 
-        found, _ = self._in_student(model, lambda student, batch: run_at_head(student, at_head, **batch), batch)
+        def at_head(hidden, head):
+            found.update(token_metrics(hidden, head, signal, labels, self.args.divergence, point.parameters, temperature))
+            return found["ce"]
+
+        self._in_student(model, lambda student, batch: run_at_head(student, at_head, **batch)[0], batch)
         factor = point.temperature**2 if self.args.temperature_squared else 1.0
         loss = torch.zeros_like(found["ce"])
         for share, term in ((point.kd_ratio * factor, found["kd"]), (1 - point.kd_ratio, found["ce"])):
@@ -462,12 +480,20 @@ class KDTrainer(Trainer):
         packed = {split: data for split, data in self._datasets().items() if "position_ids" in data.column_names}
         if not packed:
             return
-        data = suited_to(next(iter(packed.values())), self.accelerator.unwrap_model(self.model))
+        student = self.accelerator.unwrap_model(self.model)
+        if is_partitioned(student):
+            raise ValueError(
+                "packing: whether the student keeps the documents of a row apart cannot be found out under DeepSpeed ZeRO-3; expected"
+                " packing=False, or packed rows without position_ids, whose tokens see the documents before theirs"
+            )
+        data = next(iter(packed.values()))
+        # For FSDP transformers may have loaded the student on process 0 alone.
+        apart = self._keeps_apart(student, data, alone=self.is_fsdp_enabled and not is_sharded(student))
         for name in self.teachers.names:
-            if "position_ids" in data.column_names:
-                data = suited_to(data, self.teachers.model(name))
+            if apart:
+                apart = self._keeps_apart(self.teachers.model(name), data)
                 self.teachers.stage([])  # one at a time
-        if "position_ids" in data.column_names:
+        if apart:
             return
         packed = {split: data.remove_columns("position_ids") for split, data in packed.items()}
         self.train_dataset = packed.get("train", self.train_dataset)
@@ -475,6 +501,12 @@ class KDTrainer(Trainer):
             self.eval_dataset = {name: packed.get(f"eval-{name}", data) for name, data in self.eval_dataset.items()}
         else:
             self.eval_dataset = packed.get("eval", self.eval_dataset)
+
+    def _keeps_apart(self, model: nn.Module, packed: Dataset, alone: bool = False) -> bool:
+        """Process 0's answer, on all processes; ``alone``: only process 0 asks."""
+        asks = self.accelerator.is_main_process or not alone
+        answer = [asks and "position_ids" in suited_to(packed, model).column_names]
+        return broadcast_object_list(answer)[0]
 
     def _open_stores(self, spec: StoreSpec) -> None:
         args, student = self.args, self.accelerator.unwrap_model(self.model)

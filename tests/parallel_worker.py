@@ -227,6 +227,7 @@ def errors(rank: int) -> dict[str, str]:
                                   teacher=replace(good.teacher, hidden=good.teacher.hidden[:7])) if one else good,
                           {**x, "hidden": x["hidden"][:7]} if one else x),
         "teacher of another type": (replace(good, teacher=7), x),
+        "another exception on one rank": (options(temperature=torch.tensor(2.0, device="meta") if one else 2.0), x),
     }  # fmt: skip
     found = {}
     for key, (problem, tensors) in cases.items():

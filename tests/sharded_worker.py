@@ -4,11 +4,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -17,16 +19,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastkd import TeacherHidden, TeacherLogits, fused_linear_kd, kd_loss
+from fastkd.data import tokenize
+from fastkd.evaluation import token_metrics
 from fastkd.hf import Head, head_of, hidden_states_and_head, redirected, run_at_head
+from fastkd.packing import keeps_documents_apart, pack
 from fastkd.signals import Signal
 from fastkd.teachers import Teachers
 from fastkd.trainer import KDTrainer
 
 from .test_trainer import FirstGradients, trainer
-from .tiny import VOCABULARY, rows, tiny_llama
+from .tiny import VOCABULARY, rows, tiny_llama, tiny_tokenizer
 
 STUDENT_WIDTH, TEACHER_WIDTH = 16, 24
 OBJECTIVE: dict[str, Any] = {"divergence": "jsd", "kd_ratio": 0.7, "temperature": 2.0}
+# As accelerate has it for bf16.
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16)
 CHUNK = 3  # the 18 tokens of a process are several chunks
 
 
@@ -122,11 +129,19 @@ def step(student: nn.Module, teacher: nn.Module, run: Callable = inside_the_head
             value = run(student, ids[half], loss)
         with Collectives() as backward:
             value.backward()
-        mean = value.detach().clone()
+        dtype, kept = value.dtype, [n for n, p in teacher.named_parameters() if not isinstance(p, DTensor)]
+        mean = value.detach().float()
         dist.all_reduce(mean)
         grads = {n.removeprefix("module."): p.grad for n, p in student.named_parameters() if p.grad is not None}
         grads = {n: g.full_tensor() if isinstance(g, DTensor) else g.clone() for n, g in grads.items()}
-        found[name] = {"loss": mean / dist.get_world_size(), "grads": grads, "forward": forward.seen, "backward": backward.seen}
+        found[name] = {
+            "loss": mean / dist.get_world_size(),
+            "dtype": dtype,
+            "grads": grads,
+            "forward": forward.seen,
+            "backward": backward.seen,
+            "whole in the teacher": kept,
+        }
     return found
 
 
@@ -163,22 +178,92 @@ class WholeGradients(FirstGradients):
         self.found = {name: grad.full_tensor() for name, grad in self.found.items()}
 
 
-def trained(folder: Path) -> dict[str, Any]:
+def under_fsdp2(folder: Path, policy: MixedPrecisionPolicy | None = None, **options: Any) -> KDTrainer:
     """The trainer with what accelerate sets up for FSDP2 on GPUs; on a CPU its launcher would set up DDP."""
-
-    keep = WholeGradients()
     run = trainer(
-        folder / "two", eval_data=rows(7, seed=5), callbacks=[keep], per_device_train_batch_size=2, per_device_eval_batch_size=2,
-        gradient_accumulation_steps=2, max_grad_norm=0.0, train_sampling_strategy="sequential", learning_rate=0.0, ddp_backend="gloo",
+        folder, per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=2, max_grad_norm=0.0,
+        train_sampling_strategy="sequential", learning_rate=0.0, ddp_backend="gloo", **options,
     )  # fmt: skip
     state = run.accelerator.state
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
-    )
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        mixed_precision_policy=policy,
+    )  # fmt: skip
     run.is_fsdp_enabled = True
+    return run
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    keep = WholeGradients()
+    run = under_fsdp2(folder / "two", eval_data=rows(7, seed=5), callbacks=[keep])
+    early, asked = raised(run.evaluate), packed_rows(run)
     run.train()
-    return {"grads": keep.found, "wrapped": type(run.model_wrapped).__name__, "evaluation": run.evaluate()}
+    wrapped = type(run.model_wrapped).__name__
+    return {"early": early, "asked": asked, "grads": keep.found, "wrapped": wrapped, "evaluation": run.evaluate()}
+
+
+def packed_rows(run: KDTrainer) -> dict[str, Any]:
+    """Which models each process asks whether they keep documents apart, and what comes of it where processes disagree."""
+    before, asked = run.train_dataset, []
+    texts = Dataset.from_dict({"text": ["a few words", "and some others"]})
+    packed = pack(tokenize(texts, tiny_tokenizer(), max_length=None), 16)
+
+    def keeps(model: nn.Module) -> bool:
+        asked.append(model is run.model)
+        return dist.get_rank() == no
+
+    found = {}
+    with mock.patch("fastkd.packing.keeps_documents_apart", keeps):
+        for no in (0, 1):
+            run.train_dataset = packed
+            run._suit_packed_rows()
+            found[f"process {no} says yes"] = (asked.copy(), "position_ids" in run.train_dataset.column_names)
+            asked.clear()
+    run.train_dataset = before
+    return found
+
+
+def logged(folder: Path) -> dict[str, Any]:
+    """What a trainer logs whose wrapper rounds all that modules return, and this process's sums of what it was made from."""
+    losses, metrics = [], []
+
+    def loss(*args: Any, **options: Any) -> Any:
+        value, parts = fused_linear_kd(*args, **options)
+        losses.append(torch.stack([value.detach().double(), parts.kd_per_token.double().sum(), parts.ce_per_token.double().sum()]))
+        return value, parts
+
+    def measured(*args: Any) -> dict[str, Tensor]:
+        found = token_metrics(*args)
+        metrics.append(torch.stack([found[name].double().sum() for name in ("kl", "ce", "agree")]))
+        return found
+
+    run = under_fsdp2(folder / "rounded", BF16, eval_data=rows(8, seed=5), max_steps=1, logging_steps=1)
+    with mock.patch("fastkd.trainer.fused_linear_kd", loss), mock.patch("fastkd.trainer.token_metrics", measured):
+        run.train()
+        return {"train": run.state.log_history[0], "losses": sum(losses), "evaluation": run.evaluate(), "metrics": sum(metrics)}
+
+
+def outside() -> dict[str, str]:
+    """What is said where the parts of a sharded model are used without its being called."""
+
+    def use(model: nn.Module) -> None:
+        run_at_head(model, lambda hidden, head: head.weight, input_ids=batch()[0])
+
+    root, rest = shard(models()[0]), models()[0]
+    head_of(rest)
+    for part in (rest.model.embed_tokens, *rest.model.layers, rest.model.norm):
+        fully_shard(part)
+    fully_shard(rest)
+    return {"head_of": raised(lambda: head_of(root)), "at the body": raised(lambda: use(root)), "at the head": raised(lambda: use(rest))}
+
+
+def raised(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def main(folder: Path) -> None:
@@ -201,10 +286,12 @@ def main(folder: Path) -> None:
     head_of(student)  # before it is sharded
     out["after the body"] = step(shard(student, head=True), teacher, after_the_body)
     student, teacher = models()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    out["bf16"] = step(shard(student, head=True, policy=policy), teacher.bfloat16())
+    out["bf16"] = step(shard(student, head=True, policy=BF16), teacher.bfloat16())
+    out["apart"] = keeps_documents_apart(shard(tiny_llama(1), head=True)), keeps_documents_apart(student)
+    out["outside"] = outside()
     out["biased"] = biased()
     out["trainer"] = trained(folder)
+    out["logged"] = logged(folder)
     torch.save(out, folder / f"sharded-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 import fastkd.teachers
 from fastkd import TeacherHidden, fused_linear_kd
+from fastkd.data import tokenize
 from fastkd.hf import Head, head_of, redirected, run_at_head, run_body
+from fastkd.packing import pack
 from fastkd.store import StoreError, StoreSpec
 from fastkd.teachers import Teachers
 
@@ -50,8 +53,19 @@ def test_two_processes_have_the_loss_and_gradients_of_one(processes, case):
 
 def test_mixed_precision_is_that_of_the_wrapper(processes):
     for found in processes:
-        assert found["bf16"]["second"]["loss"].dtype == torch.float32
+        assert found["bf16"]["second"]["dtype"] == torch.bfloat16
         assert_same(found["bf16"]["second"], False, 0.05)
+
+
+def test_what_a_wrapper_rounds_is_logged_exactly(processes):
+    losses, metrics = (sum(found["logged"][name] for found in processes) for name in ("losses", "metrics"))
+    for found in (found["logged"] for found in processes):
+        train, evaluation = found["train"], found["evaluation"]
+        assert train["loss"] == pytest.approx(float(losses[0]), rel=1e-6)
+        for name, total in zip(("kd", "ce"), losses[1:].tolist(), strict=True):
+            assert train[name] == pytest.approx(total / train["tokens"], rel=1e-9), name
+        for name, total in zip(("kl", "ce", "agreement"), metrics.tolist(), strict=True):
+            assert evaluation[f"eval_{name}"] == pytest.approx(total / evaluation["eval_tokens"], rel=1e-9), name
 
 
 @pytest.mark.parametrize(("case", "forward", "backward"), [("own unit", 1, 1), ("own unit, kept", 1, 0), ("own unit, spared", 1, 0)])
@@ -87,6 +101,45 @@ def test_a_sharded_teachers_head_is_gathered_once_per_batch(processes):
     for found in processes:
         assert found["own unit"]["second"]["forward"].count(("gather", TEACHER_HEAD)) == 1
         assert found["tied"]["second"]["forward"].count(("gather", TEACHER_HEAD)) == 1
+
+
+@pytest.mark.parametrize("case", ["own unit", "own unit, kept", "tied"])
+def test_a_sharded_teacher_is_in_shards_after_its_call(processes, case):
+    for found in processes:
+        assert found[case]["first"]["whole in the teacher"] == found[case]["second"]["whole in the teacher"] == []
+
+
+@pytest.mark.parametrize("where", ["head_of", "at the body", "at the head"])
+def test_a_sharded_model_that_is_not_called_is_refused(processes, where):
+    for found in processes:
+        assert "LlamaForCausalLM is sharded, its weights are whole only inside its own call: run this in" in found["outside"][where]
+
+
+def test_a_sharded_model_is_asked_in_its_call_whether_it_keeps_documents_apart(processes):
+    assert [found["apart"] for found in processes] == [(True, True)] * 2
+
+
+def test_processes_agree_on_packed_rows(processes):
+    """Under FSDP the student is asked on process 0 alone, a teacher on both."""
+    first, second = (found["trainer"]["asked"] for found in processes)
+    assert first == {"process 0 says yes": ([True, False], True), "process 1 says yes": ([True], False)}
+    assert second == {"process 0 says yes": ([False], True), "process 1 says yes": ([], False)}
+
+
+def test_the_student_is_refused_where_it_is_not_whole_yet(processes, tmp_path):
+    message = "evaluate, predict: expected train before: under FSDP and DeepSpeed ZeRO-3 it prepares the student"
+    assert [found["trainer"]["early"] for found in processes] == [message] * 2
+    run = trainer(tmp_path, eval_data=rows(4))
+    Gathering(run.model.lm_head)
+    with pytest.raises(ValueError, match=message):
+        run.evaluate()
+    texts = Dataset.from_dict({"text": ["a few words", "and some others"]})
+    packed = pack(tokenize(texts, tiny_tokenizer(), max_length=None), 16)
+    run.train_dataset = packed
+    with pytest.raises(ValueError, match=r"packing: whether the student keeps .* cannot be found out under DeepSpeed ZeRO-3"):
+        run._suit_packed_rows()
+    run.train_dataset = packed.remove_columns("position_ids")
+    run._suit_packed_rows()
 
 
 def test_a_distributed_tensor_is_gathered_once_per_call(processes):
@@ -266,6 +319,24 @@ def test_a_teacher_is_loaded_whole_under_fsdp(tmp_path, monkeypatch):
     Teachers({"one": tmp_path}, device="cpu").model("one")
     assert seen == [None]
     assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+
+
+def test_a_teacher_is_checked_when_the_student_will_be_sharded(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(fastkd.teachers, "check_head", lambda name, model: checked.append(name))
+    trainer(tmp_path)
+    assert checked == ["teacher 'LlamaForCausalLM'"]
+
+
+def test_whether_a_teacher_is_sharded_is_asked_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fastkd.teachers, "fsdp_units", lambda model: asked.append(model) or [])
+    teacher = models()[1]
+    teachers, ids = Teachers({"one": teacher}, device="cpu"), batch()[0]
+    for _ in range(3):
+        teachers.signal("one", {"input_ids": ids}, ids)
+    assert asked == [teacher]
 
 
 def test_a_sharded_teacher_has_no_store(tmp_path):

@@ -1,6 +1,5 @@
 """The definitions: formulas against the papers', tile functions against the formulas."""
 
-
 import numpy as np
 import pytest
 import torch

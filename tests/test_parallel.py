@@ -96,6 +96,7 @@ ERRORS = {
         "ValueError: student_weight.requires_grad: expected the same on all ranks, got False on rank 0 and True on rank 1"
     ],
     "tokens differ": ["ValueError: student_hidden: expected the same", "[13, 8]", "[7, 8]"],
+    "another exception on one rank": ["ValueError: NotImplementedError: ", "meta tensor", "(on rank 1)"],
     "teacher of another type": ["TypeError: teacher: expected TeacherHidden", "got int"],
 }
 
