@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.run import stamp  # noqa: E402
+from tests.aot import report_in_subprocess  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,11 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of aot.json")
     options = parser.parse_args(argv)
     report = stamp(argv, "cpu", "benchmarks/aot.py")
-    # In a process of its own: there Triton must not be interpreting.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "aot.py")], env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    rows = json.loads(done.stdout)
+    rows = report_in_subprocess(few=False)
     columns = ("kernel", "divergence", "target", "block", "warps", "registers", "stack_bytes", "spills")
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         print(" ".join(f"{row[c]!s:>{max(len(c), 18 if c == 'divergence' else 6)}}" for c in columns))

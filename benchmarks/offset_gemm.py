@@ -7,7 +7,6 @@ its gradients over N tokens, beside the same chunk loop with fp32 and with 16-bi
 import argparse
 import itertools
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +24,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.bench_loss import milliseconds  # noqa: E402
 from benchmarks.cells import Setting  # noqa: E402
 from benchmarks.providers import FLOORS, Problem  # noqa: E402
-from benchmarks.run import stamp  # noqa: E402
+from benchmarks.run import gpu_name, stamp  # noqa: E402
 from fastkd_kernels.divergences import DEFINITIONS  # noqa: E402
 from fastkd_kernels.offset_torch import OffsetLogits  # noqa: E402
 from fastkd_kernels.spec import Head, RowSpec  # noqa: E402
@@ -47,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device, started = torch.device("cuda"), time.perf_counter()
     report = stamp(argv, "cuda", "benchmarks/offset_gemm.py") | {"rows": [], "complete": False}
-    machine = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
-    path = options.out / f"offset-{machine}.json"
+    path = options.out / f"offset-{gpu_name()}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     for row in _rows(device):
         report["rows"].append(row)

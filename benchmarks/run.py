@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"--only {options.only!r}: none of the cells of {name!r} is named so")
     seconds = options.seconds or (0.01 if name == "quick" else 2 if name == "sweep" else 1 if options.device == "cuda" else 6)
-    machine = "cpu" if options.device == "cpu" else re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    machine = "cpu" if options.device == "cpu" else gpu_name()
     path = options.out / f"{name if name in ('quick', 'sweep') else 'loss'}-{machine}.json"
     options.out.mkdir(parents=True, exist_ok=True)
     report = stamp(argv, options.device)
@@ -187,6 +187,11 @@ def _plots(path: Path, rows: list[Row]) -> list[Path]:
     except Exception as error:  # matplotlib is missing, or fails: no reason to lose what was measured
         print(f"no plots: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}", file=sys.stderr)
         return []
+
+
+def gpu_name() -> str:
+    """As part of a file's name."""
+    return re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
 
 
 def stamp(argv: list[str] | None, device: str, script: str = "benchmarks/run.py") -> dict[str, Any]:

@@ -253,7 +253,7 @@ def _arguments(
         "teacher_scale": signal.scale,
         "teacher_softcap": signal.softcap,
         "teacher_temperature": signal.temperature,
-        "target_share": signal.share,
+        "teacher_share": signal.share,
         "normalizer": normalizer,
     }
     assert tuple(knobs) == ops.KNOBS
@@ -394,10 +394,10 @@ def _top_tensors(teacher: TeacherTopK, name: str, student: Tensor) -> _TeacherTe
 
 def _knob_tensor(knobs: Mapping[str, Any], device: torch.device) -> Tensor:
     """One float64 vector: on the host while all knobs are numbers or host tensors, else on the device, to be read there with the rest."""
-    absent = ("student_softcap", "teacher_softcap", "teacher_temperature", "target_share", "normalizer")
+    absent = ("student_softcap", "teacher_softcap", "teacher_temperature", "teacher_share", "normalizer")
     for name, value in knobs.items():
         if value is not None or name not in absent:
-            _check_number(name.replace("teacher_", "teacher.").replace("target_share", "teacher.share"), value)
+            _check_number(name.replace("teacher_", "teacher."), value)
     values = [0.0 if v is None else v for v in knobs.values()]
     if not any(isinstance(v, Tensor) for v in values) and not torch.compiler.is_compiling():
         return torch.tensor(values, dtype=torch.float64)

@@ -34,7 +34,7 @@ KNOBS = (
     "teacher_scale",
     "teacher_softcap",
     "teacher_temperature",
-    "target_share",
+    "teacher_share",
     "normalizer",
 )
 
@@ -186,7 +186,7 @@ def _check_knobs(host: _Host, divergence: str, has_labels: bool, has_teacher: bo
             raise ValueError(f"{argument}scale: expected a finite number, got {scale:g}")
         if cap is not None and not (cap > 0 and math.isfinite(cap)):
             raise ValueError(f"{argument}softcap: expected a finite number > 0 or None, got {cap:g}")
-    share = knobs["target_share"]
+    share = knobs["teacher_share"]
     if share is not None and not 0 <= share <= 1:
         raise ValueError(f"teacher.share: expected a number in [0, 1], got {share:g}")
     for parameter, value in zip(DEFINITIONS[divergence].parameters, host.parameters, strict=True):
@@ -220,7 +220,7 @@ def _row_spec(host: _Host, divergence: str) -> RowSpec:
         ce_share=1.0 - knobs["kd_ratio"],
         student=head("student"),
         teacher=head("teacher"),
-        target_share=1.0 if knobs["target_share"] is None else knobs["target_share"],
+        target_share=1.0 if knobs["teacher_share"] is None else knobs["teacher_share"],
     )
 
 

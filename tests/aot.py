@@ -116,16 +116,19 @@ def report(few: bool = False, processes: int = 2) -> list[dict]:
     """A row of `compile_row_kernel` and one of `compile_topk_kernel` (of the latter a `FEW`) for each divergence and target."""
     from fastkd_kernels.divergences import DEFINITIONS
 
-    jobs = [(compile_row_kernel, d, t) for d in DEFINITIONS for t in TARGETS]
-    jobs += [(compile_topk_kernel, d, t) for d in (FEW if few else DEFINITIONS) for t in TARGETS]
     with ProcessPoolExecutor(processes) as pool:
-        return [job.result() for job in [pool.submit(*job) for job in jobs]]
+        jobs = [pool.submit(compile_row_kernel, d, t) for d in DEFINITIONS for t in TARGETS]
+        jobs += [pool.submit(compile_topk_kernel, d, t) for d in (FEW if few else DEFINITIONS) for t in TARGETS]
+        return [job.result() for job in jobs]
 
 
-def report_in_subprocess() -> list[dict]:
-    """`report` of a few from a process in which Triton may be interpreting."""
+def report_in_subprocess(few: bool = True, module: str = "tests.aot") -> list[dict]:
+    """The `report` of ``module`` from a process in which Triton may be interpreting, in a checkout that need not be installed."""
+    root = Path(__file__).resolve().parents[1]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__, "--few"], env=environment, capture_output=True, text=True)
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "kernels"), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "ignore", "-m", module, *["--few"] * few]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"compiling ahead of time failed:\n{done.stderr}")
     return json.loads(done.stdout)

@@ -4,7 +4,6 @@ Needs a process in which Triton was not imported with TRITON_INTERPRET set.
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -108,17 +107,6 @@ def report(few: bool = False, processes: int = 2) -> list[dict]:
     ]
     with ProcessPoolExecutor(processes) as pool:
         return list(pool.map(_job, jobs))
-
-
-def report_in_subprocess(few: bool = False) -> list[dict]:
-    """`report` from a process in which Triton may be interpreting."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.aot_offset", *(["--few"] if few else [])]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"compiling ahead of time failed:\n{done.stderr}")
-    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,18 @@ def assert_within_rule(result: Result, plain: Result, truth: Result) -> None:
         assert error <= 2 * reference + 1e-4, f"gradient of {name}: off by {error:.3g} of its norm, plain torch by {reference:.3g}"
 
 
+def assert_same_rows(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], rtol: float = 2e-5) -> None:
+    """All of what a row function writes was written, is no NaN, and is what is expected, relative to the largest element."""
+    for name, truth in expected.items():
+        value = got[name]
+        assert (value is None) == (truth is None)
+        if value is None or truth is None:
+            continue
+        assert not value.isnan().any(), f"{name}: {int(value.isnan().sum())} elements were not written or are NaN"
+        error, scale = float((value - truth).abs().max()), float(truth.abs().max())
+        assert error <= rtol * max(scale, 1e-2), f"{name}: off by {error:.3g} where the largest is {scale:.3g}"
+
+
 @contextlib.contextmanager
 def device_reads():
     """Collects the reads of tensors by the host within, as ``(method, shape)``."""

@@ -95,7 +95,7 @@ def test_opcheck(name):
     arguments = (
         problem.hidden.requires_grad_(), problem.weight.requires_grad_(), None,
         problem.teacher.hidden, problem.teacher.weight, None, None, None,
-        problem.labels, None, knobs, "student_softcap teacher_softcap teacher_temperature target_share normalizer", name, "torch", -100, 2,
+        problem.labels, None, knobs, "student_softcap teacher_softcap teacher_temperature teacher_share normalizer", name, "torch", -100, 2,
         torch.float32, True, True, False,
     )  # fmt: skip
     torch.library.opcheck(ops.kd, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))

@@ -11,7 +11,7 @@ from fastkd_kernels import rows_torch
 from fastkd_kernels.spec import Head, RowSpec
 
 from .divergence_cases import ALL, DEFAULTS
-from .problems import assert_within_rule, fused, make, oracle
+from .problems import assert_same_rows, assert_within_rule, fused, make, oracle
 
 rows = pytest.importorskip("fastkd_kernels.rows", reason="Triton is not installed")
 # The interpreter computes in numpy, which warns of infinities that the kernel then leaves out.
@@ -88,17 +88,6 @@ def _rows(name, parameters, *, width=520, teacher_width=None, kd_ratio=0.6, temp
     )  # fmt: skip
 
 
-def _assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], rtol: float = 2e-5) -> None:
-    for name, truth in expected.items():
-        value = got[name]
-        assert (value is None) == (truth is None)
-        if value is None or truth is None:
-            continue
-        assert not value.isnan().any(), f"{name}: {int(value.isnan().sum())} elements were not written or are NaN"
-        error, scale = float((value - truth).abs().max()), float(truth.abs().max())
-        assert error <= rtol * max(scale, 1e-2), f"{name}: off by {error:.3g} where the largest is {scale:.3g}"
-
-
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks a row, the last one not full."""
@@ -108,19 +97,19 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize(("name", "parameters"), ALL)
 def test_every_divergence_with_cross_entropy(name, parameters, small_blocks):
     case = _rows(name, parameters)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize(("name", "parameters"), DEFAULTS)
 def test_every_divergence_alone_with_bias_scale_and_softcap(name, parameters, small_blocks):
     case = _rows(name, parameters, kd_ratio=1.0, caps=True, bias=True)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize(("name", "parameters"), DEFAULTS)
 def test_every_divergence_without_a_gradient(name, parameters, small_blocks):
     case = _rows(name, parameters)
-    _assert_same(case.got(need_dz=False), case.expected(need_dz=False))
+    assert_same_rows(case.got(need_dz=False), case.expected(need_dz=False))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -129,13 +118,13 @@ def test_every_divergence_without_a_gradient(name, parameters, small_blocks):
 @pytest.mark.parametrize("name", ["forward_kl", "jsd"])
 def test_unequal_vocabularies(name, width, teacher_width, kd_ratio, in_place, small_blocks):
     case = _rows(name, {}, width=width, teacher_width=teacher_width, kd_ratio=kd_ratio, caps=True, bias=True)
-    _assert_same(case.got(in_place=in_place), case.expected())
+    assert_same_rows(case.got(in_place=in_place), case.expected())
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "skew_forward_kl", "adaptive_kl"])
 def test_chosen_blocks(name):
     case = _rows(name, {}, width=5000, teacher_width=4500)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "tvd"])
@@ -150,7 +139,7 @@ def test_a_narrow_gradient_may_overwrite_the_logits(name, small_blocks):
         student, case.teacher.float().to(DEVICE), case.labels.to(DEVICE), case.weight.to(DEVICE), case.spec, dz=dz, kd=kd, ce=ce,
         student_bias=case.student_bias.float().to(DEVICE), teacher_bias=case.teacher_bias.float().to(DEVICE),
     )  # fmt: skip
-    _assert_same({"dz": dz.cpu().double(), "kd": kd.cpu().double(), "ce": ce.cpu().double()}, expected, 5e-3)
+    assert_same_rows({"dz": dz.cpu().double(), "kd": kd.cpu().double(), "ce": ce.cpu().double()}, expected, 5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -158,7 +147,7 @@ def test_16_bit_logits(dtype, small_blocks):
     case = _rows("skew_reverse_kl", {}, bias=True)
     rounded = Rows(*(x.to(dtype).double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in vars(case).values()))
     rounded.weight = case.weight
-    _assert_same(rounded.got(dtype), rounded.expected())
+    assert_same_rows(rounded.got(dtype), rounded.expected())
 
 
 @pytest.mark.parametrize(("name", "parameters"), ALL)
@@ -170,19 +159,19 @@ def test_probabilities_of_zero(name, parameters, small_blocks):
     assert not got["kd"].isnan().any()
     assert torch.equal(got["kd"].isinf(), expected["kd"].isinf())
     if expected["kd"].isfinite().all():
-        _assert_same(got, expected)
+        assert_same_rows(got, expected)
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3, 0.8, 1.0])
 def test_adaptive_kl_with_ties(mu, small_blocks):
     case = _rows("adaptive_kl", {"mu": mu}, kd_ratio=1.0, temperature=1.0)
     case.teacher = torch.randint(4, case.teacher.shape).double()
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 def test_large_logits_neither_overflow_nor_vanish(small_blocks):
     case = _rows("symmetric_kl", {}, std=3000.0, temperature=1.0)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize(("name", "parameters"), DEFAULTS)

@@ -246,9 +246,9 @@ def test_dz_elsewhere_is_an_error():
 
 @pytest.mark.slow
 def test_compiles_for_every_target_without_spilling():
-    from .aot_offset import report_in_subprocess
+    from .aot import report_in_subprocess
 
-    report = report_in_subprocess(few=True)
+    report = report_in_subprocess(module="tests.aot_offset")
     for row in report:
         assert row["registers"] > 16, "resources were not read"
         assert row["stack_bytes"] == row["spills"] == 0, row

@@ -516,7 +516,7 @@ def test_opcheck(kind):
     problem = _sparse(make(leading=(5,), width=11, dtype=torch.float32, temperature=1.5), 3)
     teacher, kd_ratio = problem.teacher, 0.5
     lists = (teacher.log_probs, None, None, teacher.ids, teacher.log_tail)
-    absent = "student_softcap teacher_softcap target_share normalizer"
+    absent = "student_softcap teacher_softcap teacher_share normalizer"
     if kind == "none":
         lists, kd_ratio, absent = (None,) * 5, 0.0, f"{absent} teacher_temperature"
     knobs = torch.tensor([1.5, kd_ratio, 1.0, 1.0, 0.0, 1.0, 0.0, 1.5, 0.0, 0.0], dtype=F64)

@@ -12,7 +12,7 @@ from fastkd_kernels import topk_torch
 from fastkd_kernels.spec import Head, RowSpec
 
 from .divergence_cases import ALL, DEFAULTS
-from .problems import assert_within_rule, device_reads, fused, make, oracle, sparse
+from .problems import assert_same_rows, assert_within_rule, device_reads, fused, make, oracle, sparse
 
 topk = pytest.importorskip("fastkd_kernels.topk", reason="Triton is not installed")
 # The interpreter computes in numpy, which warns of infinities that the kernel then leaves out.
@@ -112,28 +112,17 @@ def _rows(name, parameters=None, *, width=201, k=12, padding=2, tail=True, kd_ra
     )  # fmt: skip
 
 
-def _assert_same(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], rtol: float = 2e-5) -> None:
-    for name, truth in expected.items():
-        value = got[name]
-        assert (value is None) == (truth is None)
-        if value is None or truth is None:
-            continue
-        assert not value.isnan().any(), f"{name}: {int(value.isnan().sum())} elements were not written or are NaN"
-        error, scale = float((value - truth).abs().max()), float(truth.abs().max())
-        assert error <= rtol * max(scale, 1e-2), f"{name}: off by {error:.3g} where the largest is {scale:.3g}"
-
-
 @pytest.mark.parametrize(("name", "parameters"), ALL)
 def test_every_divergence_with_cross_entropy(name, parameters):
     case = _rows(name, parameters)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize(("name", "parameters"), DEFAULTS)
 def test_every_divergence_alone_with_bias_scale_and_softcap(name, parameters):
     case = _rows(name, parameters, kd_ratio=1.0, head=Head(6.0, 0.8), padding=0)
-    _assert_same(case.got(in_place=True), case.expected())
-    _assert_same(case.got(dz=None), case.expected(need_dz=False))
+    assert_same_rows(case.got(in_place=True), case.expected())
+    assert_same_rows(case.got(dz=None), case.expected(need_dz=False))
 
 
 @pytest.mark.parametrize("tail", [False, True])
@@ -141,7 +130,7 @@ def test_every_divergence_alone_with_bias_scale_and_softcap(name, parameters):
 def test_any_number_of_listed_tokens(name, k, tail):
     """From one to all 129, in one to five blocks; the rest's mass given, or what they leave."""
     case = _rows(name, {"mu": 0.9} if name == "adaptive_kl" else {}, width=129, k=k, padding=0, tail=tail, head=Head(None, -0.6))
-    _assert_same(case.got(in_place=True), case.expected())
+    assert_same_rows(case.got(in_place=True), case.expected())
 
 
 @pytest.mark.parametrize(("width", "k", "padding"), [(1, 1, 0), (2, 2, 1), (3, 3, 3), (31, 40, 9), (32, 32, 0), (33, 8, 2), (128, 5, 5)])
@@ -149,13 +138,13 @@ def test_narrow_rows_and_rows_of_padding(width, k, padding):
     case = _rows("jsd", width=width, k=k, padding=padding) if padding < k else _rows("jsd", width=width, k=1, padding=0)
     if padding >= k:
         case = replace(case, log_probs=torch.full_like(case.log_probs, -torch.inf), log_tail=torch.zeros(3).double())
-    _assert_same(case.got(in_place=True), case.expected())
+    assert_same_rows(case.got(in_place=True), case.expected())
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "adaptive_kl"])
 def test_chosen_blocks(name):
     case = _rows(name, {}, width=5000, k=70)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
@@ -164,7 +153,7 @@ def test_a_narrow_gradient_may_overwrite_the_logits(name, narrow):
     """On a GPU dz in 16 bits lands in the first half of each row of fp32 logits, which are still being read."""
     case = _rows(name, {}, head=Head(6.0, 0.8), k=40)
     over, apart = case.got(dz=narrow, in_place=True), case.got(dz=narrow)
-    _assert_same(over, case.expected(), 5e-3)
+    assert_same_rows(over, case.expected(), 5e-3)
     assert torch.equal(over["dz"], apart["dz"])
 
 
@@ -172,8 +161,8 @@ def test_a_narrow_gradient_may_overwrite_the_logits(name, narrow):
 def test_16_bit_logits(dtype):
     case = _rows("skew_reverse_kl", head=Head())
     case = replace(case, student=case.student.to(dtype).double(), student_bias=case.student_bias.to(dtype).double())
-    _assert_same(case.got(dtype), case.expected())
-    _assert_same(case.got(dtype, dz=dtype, in_place=True), case.expected(), 1e-2)  # the interpreter truncates to bf16
+    assert_same_rows(case.got(dtype), case.expected())
+    assert_same_rows(case.got(dtype, dz=dtype, in_place=True), case.expected(), 1e-2)  # the interpreter truncates to bf16
 
 
 @pytest.mark.parametrize(("name", "parameters"), DEFAULTS)
@@ -188,14 +177,14 @@ def test_sampled_counts(name, parameters):
     assert not got["kd"].isnan().any()
     assert torch.equal(got["kd"].isinf(), expected["kd"].isinf())
     if expected["kd"].isfinite().all():
-        _assert_same(got, expected)
+        assert_same_rows(got, expected)
 
 
 def test_ids_that_only_the_teacher_has_are_divided_out():
     """All of the student's ids are listed, with 70 % of the mass."""
     case = _rows("symmetric_kl", width=40, k=40, padding=0)
     case = replace(case, log_probs=case.log_probs + torch.tensor(0.7).double().log(), log_tail=torch.full((3,), 0.3).double().log())
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.4])
@@ -203,7 +192,7 @@ def test_adaptive_kl_with_ties(mu):
     case = _rows("adaptive_kl", {"mu": mu}, kd_ratio=1.0, temperature=1.0, k=50, padding=0)
     shares = torch.randint(1, 4, case.ids.shape).double()
     case = replace(case, log_probs=(0.9 * shares / shares.sum(1, keepdim=True)).float().double().log(), log_tail=None)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 def test_logits_of_nothing():
@@ -215,7 +204,7 @@ def test_logits_of_nothing():
     case.student[1, case.ids[1]] = torch.linspace(-2, 2, 12).double()
     case.labels[1] = case.ids[1, 0]
     case.labels[0] = case.ids[0, 0]
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize(("name", "parameters"), DEFAULTS)
@@ -235,7 +224,7 @@ def test_large_logits_neither_overflow_nor_vanish():
     case = _rows("symmetric_kl", {}, std=3000.0, temperature=1.0, padding=0)
     ordinary = _rows("symmetric_kl", padding=0)
     case = replace(case, log_probs=ordinary.log_probs, log_tail=ordinary.log_tail)
-    _assert_same(case.got(), case.expected())
+    assert_same_rows(case.got(), case.expected())
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
@@ -265,7 +254,7 @@ def test_cross_entropy_alone():
     arguments = case.student, case.ids, case.log_probs, case.log_tail, case.labels, case.weight
     topk_torch.row_losses(*arguments, case.spec, **expected)
     topk.row_losses(*(x.to(DEVICE, torch.float32 if x.is_floating_point() else x.dtype) for x in arguments), case.spec, **out)
-    _assert_same({k: None if v is None else v.cpu().double() for k, v in out.items()}, expected)
+    assert_same_rows({k: None if v is None else v.cpu().double() for k, v in out.items()}, expected)
 
 
 # The whole loss.
