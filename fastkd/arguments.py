@@ -40,9 +40,12 @@ class KDConfig(TrainingArguments):
         kd_ratio: in [0, 1], ``loss = (1 - kd_ratio) * CE + kd_ratio * KD``.
         max_length: tokens of a row; longer ones are cut on the right.
         completion_only_loss: count only completions and assistants' turns; None: yes where the rows have them.
+        padding_free: join the rows of a batch to one, with `position_ids` that tell them apart, instead of padding them.
         packing: join the rows to a stream, cut into rows of max_length: pretraining (`fastkd.packing.pack`).
         chat_template: apply the tokenizer's chat template to plain ``prompt`` and ``completion`` strings too.
         chunk_tokens, logits_dtype ("float32" or the hidden states' dtype): as in `fused_linear_kd`.
+        max_loss_buffer_mb: in place of chunk_tokens, MiB that the logits of a chunk and their gradients may take.
+        activation_offloading: what the student's forward keeps for its backward waits in CPU memory.
         store: keep the teacher's signals on disk: ``{"path": ...}`` and further fields of `fastkd.store.StoreSpec`.
         model_init_kwargs, teacher_model_init_kwargs: keywords of `fastkd.models.load_model` for models given by name. A student is loaded
             in float32 unless its ``dtype`` is given, a teacher in its checkpoint's dtype.
@@ -57,8 +60,11 @@ class KDConfig(TrainingArguments):
     completion_only_loss: bool | None = None
     chat_template: bool | None = None
     packing: bool = False
+    padding_free: bool = False
     chunk_tokens: int | None = None
+    max_loss_buffer_mb: float | None = None
     logits_dtype: str | None = None
+    activation_offloading: bool = False
     store: dict[str, Any] | None = None
     model_init_kwargs: dict[str, Any] | None = None
     teacher_model_init_kwargs: dict[str, Any] | None = None
@@ -88,6 +94,11 @@ class KDConfig(TrainingArguments):
             raise ValueError(f"logits_dtype: expected None, 'float64', 'float32', 'bfloat16' or 'float16', got {self.logits_dtype!r}")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens: expected a number >= 1 or None, got {self.chunk_tokens}")
+        if self.max_loss_buffer_mb is not None:
+            if self.chunk_tokens is not None:
+                raise ValueError("max_loss_buffer_mb: given together with chunk_tokens; expected one of the two")
+            if not self.max_loss_buffer_mb > 0:
+                raise ValueError(f"max_loss_buffer_mb: expected a number > 0 or None, got {self.max_loss_buffer_mb}")
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")

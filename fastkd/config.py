@@ -35,7 +35,10 @@ __all__ = ["EXAMPLE", "ConfigError", "DataSpec", "DifficultySpec", "LossSpec", "
 EXAMPLE = Path(__file__).with_name("example.yaml").read_text(encoding="utf-8")
 """A commented configuration with every key."""
 
+# Fields of KDConfig that belong to training as well.
+_OWN_TRAINING: dict[str, Any] = {"activation_offloading": bool}
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+QUANTIZATIONS = ("8bit", "4bit")
 SIGNALS = ("rouge_loss", "rouge", "loss", "length", "steps")
 
 
@@ -51,6 +54,9 @@ class ModelSpec:
         layers: decoder layers to keep, in this order; None: all.
         from_teacher: the key in `RunConfig.teachers` of the teacher this model is cut from; ``model``, ``gguf_file`` and ``revision`` are
             then that teacher's.
+        attn_implementation: of transformers: sdpa, eager, flash_attention_2, flex_attention, ...; None: transformers' choice.
+        quantization: one of `QUANTIZATIONS`: the bits in which the linear layers' weights, not the head's, are held, frozen.
+        lora: of a student: keyword arguments of `peft.LoraConfig`, those that the file names; None: all weights are trained.
         device: of a teacher; None: the student's.
         park: a teacher that is not needed for a while waits in CPU memory instead of being loaded again.
     """
@@ -61,6 +67,9 @@ class ModelSpec:
     revision: str | None = None
     layers: tuple[int, ...] | None = None
     from_teacher: str | None = None
+    attn_implementation: str | None = None
+    quantization: str | None = None
+    lora: dict[str, Any] | None = None
     device: str | None = None
     park: bool = False
 
@@ -79,11 +88,15 @@ class DataSpec:
     completion_only_loss: bool | None = None
     chat_template: bool | None = None
     packing: bool = False
+    padding_free: bool = False
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """Arguments of `fastkd.fused_linear_kd`; ``parameters`` are the divergence's own, those that the file names."""
+    """Arguments of `fastkd.fused_linear_kd`; ``parameters`` are the divergence's own, those that the file names.
+
+    ``max_loss_buffer_mb`` bounds the chunk by its memory in MiB instead of by ``chunk_tokens``.
+    """
 
     divergence: str = "forward_kl"
     parameters: dict[str, float] = field(default_factory=dict)
@@ -92,6 +105,7 @@ class LossSpec:
     temperature_squared: bool = True
     chunk_tokens: int | None = None
     logits_dtype: str | None = None
+    max_loss_buffer_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +287,9 @@ def _model(top: Section, place: str, value: Any, more: tuple[str, ...] = ()) -> 
         return ModelSpec(os.path.expanduser(value))
     if not isinstance(value, dict):
         top.fail(place, f"expected a model's name or path, or a mapping with the key model, got {describe(value)}")
-    section = Section(top.file, place, value, ("model", "dtype", "gguf_file", "revision", "layers", *more))
+    section = Section(
+        top.file, place, value, ("model", "dtype", "gguf_file", "revision", "layers", "attn_implementation", "quantization", *more)
+    )
     section.require("model", "give a model's name or path")
     layers = section.take("layers", LAYERS)
     return ModelSpec(
@@ -282,6 +298,9 @@ def _model(top: Section, place: str, value: Any, more: tuple[str, ...] = ()) -> 
         gguf_file=section.take("gguf_file", STRING),
         revision=section.take("revision", STRING),
         layers=None if layers is None else tuple(layers),
+        attn_implementation=section.take("attn_implementation", STRING),
+        quantization=section.take("quantization", choice(QUANTIZATIONS)),
+        lora=_lora(section),
         device=section.take("device", STRING),
         park=section.take("park", BOOLEAN, False),
     )
@@ -290,10 +309,10 @@ def _model(top: Section, place: str, value: Any, more: tuple[str, ...] = ()) -> 
 def _student(top: Section, teachers: dict[str, ModelSpec]) -> ModelSpec:
     value = top.require("student", "give a model's name or path, or {from: teacher, layers: [...]}")
     if not isinstance(value, dict) or "from" not in value:
-        return _model(top, "student", value)
+        return _checked_student(top, _model(top, "student", value, ("lora",)))
     if "model" in value:
         top.fail("student", "has both from and model; keep one of the two")
-    section = Section(top.file, "student", value, ("from", "layers", "dtype"))
+    section = Section(top.file, "student", value, ("from", "layers", "dtype", "attn_implementation", "quantization", "lora"))
     section.require("from", "name the teacher whose layers to keep")
     section.require("layers", "list the layers to keep; for all of them write {model: ...}")
     source, layers = section.take("from", STRING), section.take("layers", LAYERS)
@@ -311,14 +330,38 @@ def _student(top: Section, teachers: dict[str, ModelSpec]) -> ModelSpec:
         if near and not Path(source).exists():
             section.fail("from", f"unknown teacher {source!r}; did you mean {near[0]!r}?")
         origin = ModelSpec(source)
-    return ModelSpec(
+    spec = ModelSpec(
         model=origin.model,
         dtype=section.take("dtype", choice(DTYPES)),
         gguf_file=origin.gguf_file,
         revision=origin.revision,
         layers=tuple(layers),
         from_teacher=key if key in teachers else None,
+        attn_implementation=section.take("attn_implementation", STRING),
+        quantization=section.take("quantization", choice(QUANTIZATIONS)),
+        lora=_lora(section),
     )
+    return _checked_student(top, spec)
+
+
+def _checked_student(top: Section, student: ModelSpec) -> ModelSpec:
+    if student.quantization is not None and student.lora is None:
+        top.fail("student.quantization", "quantised weights are frozen, and nothing else would be trained; add lora: true beside it")
+    return student
+
+
+def _lora(section: Section) -> dict[str, Any] | None:
+    """``true``, or a mapping with fields of `peft.LoraConfig`."""
+    value = section.values.get("lora")
+    if value is None or value is False:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        section.fail("lora", "needs the package peft: pip install peft")
+    known = [f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name not in ("task_type", "peft_type", "inference_mode")]
+    place = f"{section.place}.lora"
+    return dict(Section(section.file, place, {} if value is True else value, known, "expected a field of peft.LoraConfig").values)
 
 
 def _data(top: Section) -> DataSpec:
@@ -339,6 +382,7 @@ def _data(top: Section) -> DataSpec:
         completion_only_loss=section.take("completion_only_loss", BOOLEAN),
         chat_template=section.take("chat_template", BOOLEAN),
         packing=section.take("packing", BOOLEAN, False),
+        padding_free=section.take("padding_free", BOOLEAN, False),
     )
 
 
@@ -365,6 +409,11 @@ def _loss(top: Section) -> LossSpec:
         if key not in own:
             others = [d.name for d in DEFINITIONS.values() if key in [p.name for p in d.parameters]]
             section.fail(key, f"not a parameter of the divergence {name}; it is one of {', '.join(others)}")
+    most = None
+    if section.values.get("max_loss_buffer_mb") is not None:
+        most = section.number("max_loss_buffer_mb", "(0, inf)", lambda v: v > 0)
+        if section.values.get("chunk_tokens") is not None:
+            section.fail("max_loss_buffer_mb", "given together with chunk_tokens; keep one of the two")
     return LossSpec(
         divergence=name,
         parameters={key: section.number(key, own[key].domain, own[key].contains) for key in given},
@@ -372,6 +421,7 @@ def _loss(top: Section) -> LossSpec:
         kd_ratio=section.number("kd_ratio", "[0, 1]", lambda v: 0 <= v <= 1, LossSpec.kd_ratio),
         temperature_squared=section.take("temperature_squared", BOOLEAN, LossSpec.temperature_squared),
         chunk_tokens=section.take("chunk_tokens", whole(1)),
+        max_loss_buffer_mb=most,
         logits_dtype=section.take("logits_dtype", choice(("float32", "bfloat16", "float16"))),
     )
 
@@ -397,12 +447,12 @@ def _training(top: Section, plan: Plan | None) -> dict[str, Any]:
         for key in ("output_dir", "seed"):
             if key in values:
                 top.fail(f"training.{key}", f"belongs at the top level; write {key}: ... there")
-    names = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    names = [*(f.name for f in dataclasses.fields(TrainingArguments) if f.init), *_OWN_TRAINING]
     section = Section(top.file, "training", values, names, "expected a field of transformers.TrainingArguments")
     try:
-        annotations = typing.get_type_hints(TrainingArguments)
+        annotations = typing.get_type_hints(TrainingArguments) | _OWN_TRAINING
     except NameError:  # an optional dependency's type: the values are then checked by TrainingArguments itself
-        annotations = {}
+        annotations = dict(_OWN_TRAINING)
     out = {}
     for key, value in values.items():
         kind = kind_of(annotations.get(key))

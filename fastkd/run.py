@@ -314,11 +314,13 @@ def _arguments(config: RunConfig) -> KDConfig:
         temperature_squared=loss.temperature_squared,
         kd_ratio=loss.kd_ratio,
         chunk_tokens=loss.chunk_tokens,
+        max_loss_buffer_mb=loss.max_loss_buffer_mb,
         logits_dtype=loss.logits_dtype,
         max_length=data.max_length,
         completion_only_loss=data.completion_only_loss,
         chat_template=data.chat_template,
         packing=data.packing,
+        padding_free=data.padding_free,
         store=None if store is None else {**dataclasses.asdict(store), "path": store.path or str(Path(config.output_dir) / "store")},
         **{**TRAINING_DEFAULTS, **recipe, **config.training},
     )
