@@ -1,6 +1,7 @@
 """`KDConfig`: the training arguments of a distillation."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from .functional import Divergence, divergence
+from .levers import check_liger, check_optimizer, liger_config
 
 __all__ = ["KDConfig"]
 
@@ -21,7 +23,6 @@ _REFUSED = {
     "prediction_loss_only": "evaluation always gives its metrics",
     "bf16_full_eval": "models are evaluated in the dtype they are trained in",
     "fp16_full_eval": "models are evaluated in the dtype they are trained in",
-    "use_liger_kernel": "not available in this version",
     "eval_accumulation_steps": "evaluation keeps sums, not logits",
     "auto_find_batch_size": "the plan fixes the batches",
     "ignore_data_skip": "a resumed run goes on with the samples that follow",
@@ -44,11 +45,15 @@ class KDConfig(TrainingArguments):
         packing: join the rows to a stream, cut into rows of max_length: pretraining (`fastkd.packing.pack`).
         chat_template: apply the tokenizer's chat template to plain ``prompt`` and ``completion`` strings too.
         chunk_tokens, logits_dtype ("float32" or the hidden states' dtype): as in `fused_linear_kd`.
-        max_loss_buffer_mb: in place of chunk_tokens, MiB that the logits of a chunk and their gradients may take.
-        activation_offloading: what the student's forward keeps for its backward waits in CPU memory.
+        max_loss_buffer_mb: in place of chunk_tokens, MiB that the logits of a chunk and their gradients may take. On a CPU up to 32 MiB of
+            temporaries, of few rows at a time, come on top.
+        activation_offloading: what the student's forward keeps for its backward waits in CPU memory (`fastkd.levers.Offloaded`); best with
+            gradient_checkpointing, which leaves little to travel.
+        use_liger_kernel, liger_kernel_config: as in TrainingArguments, for the student and for teachers given by name or path; Liger's
+            losses stay off (`fastkd.levers.apply_liger`).
         store: keep the teacher's signals on disk: ``{"path": ...}`` and further fields of `fastkd.store.StoreSpec`.
         model_init_kwargs, teacher_model_init_kwargs: keywords of `fastkd.models.load_model` for models given by name. A student is loaded
-            in float32 unless its ``dtype`` is given, a teacher in its checkpoint's dtype.
+            in float32 unless its ``dtype`` is given or its weights are quantised, these and a teacher in the checkpoint's dtype.
     """
 
     divergence: str = "forward_kl"
@@ -82,6 +87,9 @@ class KDConfig(TrainingArguments):
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(("kl", "ce", "perplexity")):
             self.greater_is_better = False
         super().__post_init__()
+        started = int(os.environ.get("WORLD_SIZE") or 1)
+        if started > 1 and self.world_size == 1:  # each would train alone, into the same folder
+            raise ValueError(f"use_cpu: {started} processes were started, and there is no GPU for them; expected true, or one process")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         divergence(self.divergence, **(self.divergence_parameters or {}))
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
@@ -99,9 +107,22 @@ class KDConfig(TrainingArguments):
                 raise ValueError("max_loss_buffer_mb: given together with chunk_tokens; expected one of the two")
             if not self.max_loss_buffer_mb > 0:
                 raise ValueError(f"max_loss_buffer_mb: expected a number > 0 or None, got {self.max_loss_buffer_mb}")
+        if self.padding_free and self.packing:
+            raise ValueError("padding_free: given together with packing, whose rows are full as they are; expected one of the two")
+        if self.padding_free and self.neftune_noise_alpha:
+            raise ValueError("padding_free: neftune_noise_alpha scales its noise by the length of a row, which is then that of a batch")
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        for name, strategy in (("logging_steps", "logging"), ("eval_steps", "eval"), ("save_steps", "save")):
+            value, chosen = getattr(self, name), getattr(self, f"{strategy}_strategy")
+            if str(getattr(chosen, "value", chosen)) == "steps" and value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a number > 0, or {strategy}_strategy: no, got {value}")
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16: needs a GPU; expected bf16, or neither")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise ValueError(f"num_train_epochs: expected a number > 0, got {self.num_train_epochs}")
         for name in ("split_batches", "dispatch_batches"):
@@ -110,3 +131,7 @@ class KDConfig(TrainingArguments):
         for name, why in _REFUSED.items():
             if getattr(self, name, False):
                 raise ValueError(f"{name}: must be left off: {why}")
+        check_optimizer(str(getattr(self.optim, "value", self.optim)))
+        if self.use_liger_kernel:
+            check_liger(self.device)
+            self.liger_kernel_config: dict[str, bool] | None = liger_config(self.liger_kernel_config)

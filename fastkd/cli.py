@@ -4,8 +4,11 @@ A user's mistake is one line on standard error and exit status 2.
 """
 
 import argparse
+import logging
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +17,7 @@ from ._version import __version__
 
 __all__ = ["main"]
 
+_PATIENCE = 10.0  # seconds
 _NEEDS = "this command needs the extra packages: pip install 'fastkd[hf]'"
 
 
@@ -26,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after one line on standard error."""
+    """Run the command line; returns the exit status: 0; 2 after one line on standard error; `doctor`'s also 1, for warnings."""
     parser = _Parser(prog="fastkd", description="Distil Hugging Face causal language models with fused losses.")
     parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -43,13 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     init.add_argument("config", nargs="?", default="fastkd.yaml", metavar="CONFIG.yaml")
     distill = command("distill", "train a student")
     distill.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint in output_dir")
-    command("plan", "print the stages: samples, steps, tokens, teacher, knobs, learning rate")
+    plan = command("plan", "print the stages: samples, steps, tokens, teacher, knobs, learning rate; and the memory that they take")
+    plan.add_argument("--card", type=_gigabytes, metavar="GB", help="memory of the GPU to plan for; default: that of the GPU at hand")
     score = command("score", "score and rank the samples' difficulty, to a Parquet file")
     score.add_argument("--compare", nargs="*", metavar="FILE.parquet", help="how far the signals, or the scores of these files, agree")
     command("cache", "fill the teacher store")
+    doctor = command("doctor", "check tokenizers, templates, rows, teachers, loss, memory and disk before training")
+    doctor.add_argument("--card", type=_gigabytes, metavar="GB", help="memory of the GPU to plan for; default: that of the GPU at hand")
+    doctor.add_argument("--no-models", action="store_true", help="skip the checks that load the models")
+    doctor.add_argument("--json", metavar="FILE.json", help="write the findings as JSON too")
     _add_eval(commands)
     commands.add_parser("bench", help="speed and memory of the loss against the peers that are installed", add_help=False)
 
+    _be_quiet_but_first()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         return _bench(rest)
@@ -64,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "compare", None):
         arguments.overrides += [word for word in arguments.compare if "=" in word]
         arguments.compare = [word for word in arguments.compare if "=" not in word]
-    return _run(arguments, {"distill": _distill, "plan": _plan, "score": _score, "cache": _cache}[arguments.command])
+    return _run(arguments, {"distill": _distill, "plan": _plan, "score": _score, "cache": _cache, "doctor": _doctor}[arguments.command])
 
 
-def _run(arguments: argparse.Namespace, command: Callable[[argparse.Namespace], None]) -> int:
-    """Runs a command; a user's mistake becomes one line."""
+def _run(arguments: argparse.Namespace, command: Callable[[argparse.Namespace], int | None]) -> int:
+    """Runs a command and returns its exit status; a user's mistake becomes one line."""
     try:
-        command(arguments)
+        return command(arguments) or 0
     except ImportError as error:
         if arguments.debug:
             raise
@@ -80,7 +90,6 @@ def _run(arguments: argparse.Namespace, command: Callable[[argparse.Namespace], 
         if arguments.debug or (isinstance(error, RuntimeError) and not known):
             raise
         _fail(error if type(error).__name__ == "ConfigError" else f"{getattr(arguments, 'config', 'eval')}: {error}")
-    return 0
 
 
 def _config(arguments: argparse.Namespace):
@@ -115,14 +124,19 @@ def _plan(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     from .run import show_plan
 
-    print(show_plan(config), end="")
+    print(show_plan(config, arguments.card), end="")
 
 
 def _score(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
-    from .difficulty import compare, format_comparison
+    from .difficulty import ScoreError, compare, format_comparison, read_scores
     from .run import score
 
+    for other in arguments.compare or ():
+        try:
+            read_scores(other)
+        except ScoreError as error:
+            raise ValueError(f"--compare: {error}") from None
     path = score(config)
     print(f"scores: {path}")
     if arguments.compare is not None:
@@ -135,6 +149,32 @@ def _cache(arguments: argparse.Namespace) -> None:
 
     for store, batches in fill_stores(config).items():
         print(f"store {store}: complete, {batches} batches computed now")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    from .doctor import examine
+    from .findings import as_json, format_finding, format_summary, status
+
+    width, found = min(shutil.get_terminal_size((100, 24)).columns, 120), []
+    for finding in examine(config, card_gb=arguments.card, models=not arguments.no_models, debug=arguments.debug):
+        if finding.level != "skipped":
+            print(format_finding(finding, width), flush=True)
+        found.append(finding)
+    print(format_summary(found, width))
+    if arguments.json is not None:
+        Path(arguments.json).write_text(as_json(config.path, found), encoding="utf-8")
+    return status(found)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected gigabytes, a number > 0, got {text!r}")
+    return value
 
 
 def _add_eval(commands: Any) -> None:
@@ -195,7 +235,24 @@ def _bench(rest: list[str]) -> int:
     os.execv(sys.executable, [sys.executable, str(script), *rest])
 
 
+def _rank() -> int:
+    """This process's number among those that a launcher started; 0 without one."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def _be_quiet_but_first() -> None:
+    """Of several processes only the first says what all do."""
+    if not _rank():
+        return
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    logging.getLogger("fastkd").setLevel(logging.ERROR)
+
+
 def _fail(message: object) -> NoReturn:
+    if _rank():
+        time.sleep(_PATIENCE)  # where the first process fails as well, it says so, and the launcher ends this one
+        message = f"process {_rank()}: {message}"
     print("fastkd: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 

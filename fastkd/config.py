@@ -361,6 +361,8 @@ def _lora(section: Section) -> dict[str, Any] | None:
         section.fail("lora", "needs the package peft: pip install peft")
     known = [f.name for f in dataclasses.fields(LoraConfig) if f.init and f.name not in ("task_type", "peft_type", "inference_mode")]
     place = f"{section.place}.lora"
+    if isinstance(value, dict) and "rank" in value:
+        section.fail("lora.rank", "unknown key; did you mean 'r'?")
     return dict(Section(section.file, place, {} if value is True else value, known, "expected a field of peft.LoraConfig").values)
 
 

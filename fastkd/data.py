@@ -77,7 +77,7 @@ def load_rows(
     elif isinstance(path, (str, Path)):
         label = str(path)
         if _looks_like_a_file(path):
-            if name is not None or split_given is not None:
+            if name is not None or split_given is not None or split is not None:
                 raise DataError(f"{label}: a file has neither name nor split; they are for data sets on the hub")
             dataset = _read_file(Path(path).expanduser(), list((columns or {}).values()) or COLUMNS)
         else:

@@ -107,7 +107,7 @@ def score(
     ids: list[str] = tokenized["sample_id"][:]
     _refuse_repeated(ids, "sample ids")
     turns = completion_turns(rows, tokenized, tokenizer) if {"rouge", "steps"} & set(names) else []
-    values: dict[str, list] = {name: _column(rows, tokenized, name) for name in names if name.startswith(_COLUMN)}
+    values: dict[str, list] = {name: column_values(rows, tokenized, name) for name in names if name.startswith(_COLUMN)}
     options: dict[str, Any] = {"higher_is_easier": higher_is_easier} if values else {}
     passes: dict[str, Callable[[Collection[int]], Iterator[dict[int, float]]]] = {}
     if "loss" in names:
@@ -208,7 +208,7 @@ def _steps(text: str) -> int:
     return sum(re.search(r"\w", line) is not None for line in text.partition("####")[0].splitlines())
 
 
-def _column(rows: "Dataset", tokenized: "Dataset", signal: str) -> list[float]:
+def column_values(rows: "Dataset", tokenized: "Dataset", signal: str) -> list[float]:
     name = signal.removeprefix(_COLUMN)
     if name not in rows.column_names:
         raise ScoreError(f"signal {signal!r}: no such column; the rows have {', '.join(rows.column_names)}")
@@ -372,7 +372,8 @@ def read_scores(path: str | Path) -> pa.Table:
     except FileNotFoundError:
         raise ScoreError(f"{path}: no such file") from None
     except (OSError, pa.ArrowException) as error:
-        raise ScoreError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ScoreError(f"{path}: not a readable Parquet file: {reason}; give another path, or delete the file") from error
     missing = [name for name in ("id", "score") if name not in table.column_names]
     if missing:
         raise ScoreError(f"{path}: no column {missing[0]!r}; it has {', '.join(table.column_names)}")

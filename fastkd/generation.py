@@ -1,7 +1,7 @@
 """Batched generation: prompts in, answers out, the same on every run."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from .data import _encode, _special_prefix
 from .hf import _causal_lm, _eval_mode
 from .preparation import pad_id, position_limit
 
-__all__ = ["Answer", "generate"]
+__all__ = ["Answer", "check_settings", "generate"]
 
 
 class Answer(NamedTuple):
@@ -30,6 +30,18 @@ class Answer(NamedTuple):
     text: str
     tokens: int
     ended: bool
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse arguments of `generate` outside their range; those that are there of max_new_tokens, batch_size, temperature, top_p."""
+    for name in ("max_new_tokens", "batch_size"):
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+    if not 0 <= (temperature := settings.get("temperature", 0.0)) < float("inf"):
+        raise ValueError(f"temperature: expected 0 (greedy) or a finite number > 0, got {temperature!r}")
+    if not 0 < (top_p := settings.get("top_p", 1.0)) <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
 
 
 def generate(
@@ -71,13 +83,7 @@ def generate(
     Raises:
         ValueError: a setting outside its range, an empty prompt, or one that leaves no position for an answer; before anything is run.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected 0 (greedy) or a finite number > 0, got {temperature!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    check_settings({"max_new_tokens": max_new_tokens, "batch_size": batch_size, "temperature": temperature, "top_p": top_p})
     prefix = _special_prefix(tokenizer) if any(isinstance(p, str) for p in prompts) else []
     ids = [_ids(tokenizer, prefix, prompt) for prompt in prompts]
     limit = position_limit(model)

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +20,14 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, is_peft_available
+from transformers.utils import cached_file, is_bitsandbytes_available, is_peft_available, is_torchao_available
 
 from .files import json_hash
 
-__all__ = ["check_tokenizers", "config_hash", "fingerprint", "keep_layers", "load_model", "load_tokenizer", "model_files", "outline"]
+__all__ = [
+    "UNCOMPARED", "check_tokenizers", "config_hash", "fingerprint", "is_quantized", "keep_layers", "load_model", "load_tokenizer",
+    "model_files", "outline", "quantized_by",
+]  # fmt: skip
 
 _SHORT_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
@@ -33,6 +38,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     gguf_file: str | None = None,
     layers: Sequence[int] | None = None,
+    quantization: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -43,16 +49,26 @@ def load_model(
         dtype: a torch dtype or its name; None is the checkpoint's own (float32 for a GGUF file, whose weights are dequantised).
         gguf_file: the GGUF file's name in the repository or folder. It is converted once; later loads read the converted copy.
         layers: keep these decoder layers only, see `keep_layers`.
+        quantization: "8bit" or "4bit": the bits in which the weights of the linear layers, except the LM head, are held (`quantized_by`
+            says by which package); what they compute is in ``dtype``. Such weights cannot be trained, an adapter on them can. None: as in
+            the checkpoint, which may be quantised itself, or as ``quantization_config``, an argument of `from_pretrained`, says.
         cache_dir: where converted GGUF files go; default `$XDG_CACHE_HOME/fastkd` or `~/.cache/fastkd`.
-        kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`.
+        kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`: ``attn_implementation``, ``revision``, ``device_map``, ...
 
     Raises:
-        ValueError: unknown dtype, or layers that cannot be kept.
+        ValueError: unknown dtype, layers that cannot be kept, a quantisation whose package is missing or that leaves no plain LM head.
         FileNotFoundError: a path or GGUF file that does not exist.
     """
     source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
-    with _named(_base(source, kwargs)[0]):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), **kwargs)
+    wanted = _dtype(dtype)
+    base = _base(source, kwargs)[0]
+    if quantization is not None:
+        kwargs["quantization_config"] = _quantization_config(quantization, source, wanted, kwargs)
+    with _named(base):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **kwargs)
+    if getattr(model.config, "quantization_config", None) is not None:
+        _check_quantized(model, quantization)
+        _settle(model)
     return model if layers is None else keep_layers(model, layers)
 
 
@@ -70,7 +86,12 @@ def load_tokenizer(
     """
     source, kwargs = _resolve(name_or_path, gguf_file, cache_dir, kwargs)
     with _named(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+        except (OSError, ValueError) as error:
+            if not Path(source).is_dir() or any(Path(source).glob("tokenizer.*")):
+                raise
+            raise FileNotFoundError(f"no tokenizer in {source!r}; expected tokenizer.json, as save_pretrained writes it") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -86,7 +107,7 @@ def outline(
 ) -> PreTrainedModel:
     """`load_model`'s model without its weights: on the meta device, with its config, shapes and dtypes, and all its layers.
 
-    Of a PEFT adapter it is the base model.
+    Of a PEFT adapter it is the base model, of a quantised one the model that it was made from: ``quantization`` changes nothing.
 
     Raises:
         ValueError: unknown dtype.
@@ -99,9 +120,10 @@ def outline(
     with _named(base):
         config = AutoConfig.from_pretrained(base, **known)
     if wanted == "auto":
-        wanted = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or _stored_dtype(source, kwargs)
+        wanted = _own_dtype(config, source, kwargs)
+    options = {k: kwargs[k] for k in ("attn_implementation", "trust_remote_code") if k in kwargs}
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=kwargs.get("trust_remote_code", False))
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, **options)
     return model.eval()
 
 
@@ -182,10 +204,85 @@ def _base(source: str, kwargs: Mapping[str, Any]) -> tuple[str, list[Path]]:
     return base, [config, weights]
 
 
+# Quantised weights.
+
+_QUANTIZATIONS = ("8bit", "4bit")
+
+
+def quantized_by(quantization: str) -> str:
+    """The package that ``load_model(..., quantization=...)`` uses here: "bitsandbytes", or for 8 bits without it "torchao".
+
+    Raises:
+        ValueError: another word than "8bit" or "4bit", or neither package is installed.
+    """
+    if quantization not in _QUANTIZATIONS:
+        raise ValueError(f"quantization: expected one of {', '.join(_QUANTIZATIONS)}, got {quantization!r}")
+    if is_bitsandbytes_available():
+        return "bitsandbytes"
+    if quantization == "8bit" and is_torchao_available():
+        return "torchao"
+    # torchao's four bits need a GPU and one more package, and cannot be trained on.
+    needed = "bitsandbytes or torchao" if quantization == "8bit" else "bitsandbytes"
+    raise ValueError(f"quantization: {quantization} needs the package {needed}: pip install bitsandbytes")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether bitsandbytes or torchao holds this layer's own weight."""
+    weight = vars(module).get("_parameters", {}).get("weight")
+    return type(module).__module__.startswith("bitsandbytes.") or type(weight).__module__.startswith("torchao.")
+
+
+def _quantization_config(quantization: str, source: str, dtype: str | torch.dtype, kwargs: Mapping[str, Any]) -> Any:
+    package = quantized_by(quantization)
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError("quantization: given together with quantization_config; expected one of the two")
+    base = _base(source, kwargs)[0]
+    known = {k: kwargs[k] for k in ("revision", "token", "subfolder", "local_files_only", "trust_remote_code") if k in kwargs}
+    with _named(base):
+        config = AutoConfig.from_pretrained(base, **known)
+    if (held := getattr(config, "quantization_config", None)) is not None:
+        method = held.get("quant_method") if isinstance(held, dict) else getattr(held, "quant_method", None)
+        raise ValueError(f"quantization: {source!r} is quantised already ({method}), and is loaded as it is; leave quantization out")
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    if quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_own_dtype(config, source, dict(kwargs)) if dtype == "auto" else dtype,
+    )
+
+
+def _check_quantized(model: PreTrainedModel, quantization: str | None) -> None:
+    head = model.get_output_embeddings()
+    if head is not None and is_quantized(head):
+        raise ValueError(
+            f"quantization: the LM head of {type(model).__name__} is quantised, and the fused loss reads its weight as it is;"
+            " expected it among the modules that are left out (llm_int8_skip_modules of bitsandbytes, modules_to_not_convert of torchao)"
+        )
+    if quantization is not None and not any(map(is_quantized, model.modules())):
+        raise ValueError(f"quantization: {type(model).__name__} has no linear layer that {quantized_by(quantization)} can hold")
+
+
+def _settle(model: PreTrainedModel) -> None:
+    """Quantised layers that compute the same whenever they are asked, and do not talk."""
+    # bitsandbytes warns at each call of each layer that it rounds the input to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for layer in filter(is_quantized, model.modules()):
+        # On some CPUs bitsandbytes rearranges weights of 4 bits when they are first used without gradients, and computes in
+        # bfloat16 from then on.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 # Who a model is.
 
 # Entries of a model's or adapter's config that do not change what it computes, or that its weights tell as well.
-_UNCOMPARED = (
+UNCOMPARED = (
     "transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache",
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
 )  # fmt: skip
@@ -193,13 +290,13 @@ _UNCOMPARED = (
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """A hash of those entries of a model's or adapter's config on which its outputs depend."""
-    return json_hash({k: v for k, v in config.items() if k not in _UNCOMPARED})
+    return json_hash({k: v for k, v in config.items() if k not in UNCOMPARED})
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Hashes of what a model's outputs follow from: ``weights``, ``config``, and ``adapter`` where PEFT has put one or more on it."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in _tensors(model.state_dict()):
         if isinstance(value, torch.Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -219,6 +316,15 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A state's entries by name; of those of torchao the tensors inside."""
+    for name, value in sorted(state.items()):
+        if type(value).__module__.startswith("torchao."):
+            yield from ((f"{name}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0])
+        else:
+            yield name, value
+
+
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """A new model with copies of some of `model`'s decoder layers, in the given order, and of everything outside them.
 
@@ -234,14 +340,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """
     layers = list(layers)
     n_layers = model.config.get_text_config().num_hidden_layers
-    if not layers:
-        raise ValueError("layers is empty; expected the indices of the decoder layers to keep")
-    for i in layers:
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n_layers:
-            raise ValueError(f"layers has {i!r}; expected indices from 0 to {n_layers - 1}, since the model has {n_layers} layers")
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"layers has duplicates: {sorted(i for i in set(layers) if layers.count(i) > 1)}")
-
+    check_layers(layers, n_layers)
     path = _decoder_layers(model, n_layers)
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
@@ -264,8 +363,20 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
         raise ValueError(f"{type(model).__name__}: no config describes layers {layers} ({type(error).__name__}: {error})") from error
     _check_shapes(student, rebuilt, layers)
     for old, new in zip(student.get_submodule(path).named_modules(), rebuilt.get_submodule(path).named_modules(), strict=True):
-        _renumber(type(model).__name__, path, old, new)
+        if not is_quantized(old[1]):  # which is of another class than the config's
+            _renumber(type(model).__name__, path, old, new)
     return student
+
+
+def check_layers(layers: Sequence[int], n_layers: int) -> None:
+    """Refuse what `keep_layers` cannot keep of a model with so many layers."""
+    if not layers:
+        raise ValueError("layers is empty; expected the indices of the decoder layers to keep")
+    for i in layers:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < n_layers:
+            raise ValueError(f"layers has {i!r}; expected indices from 0 to {n_layers - 1}, since the model has {n_layers} layers")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"layers has duplicates: {sorted(i for i in set(layers) if layers.count(i) > 1)}")
 
 
 def check_tokenizers(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase, who: str = "teacher") -> None:
@@ -303,6 +414,11 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype {dtype!r} is unknown; expected a floating-point torch dtype or its name, such as 'bfloat16'")
     return found
+
+
+def _own_dtype(config: Any, source: str, kwargs: dict[str, Any]) -> torch.dtype:
+    """A checkpoint's dtype, which its config may say or not."""
+    return getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or _stored_dtype(source, kwargs)
 
 
 def _stored_dtype(source: str, kwargs: dict[str, Any]) -> torch.dtype:
@@ -345,7 +461,10 @@ def _converted_gguf(file: Path, cache_dir: str | os.PathLike[str] | None) -> Pat
     root = root.expanduser() / "gguf"
     stat = file.stat()
     with file.open("rb") as f:  # size, time and the header with all metadata tell files apart; hashing gigabytes would take longer
-        head = hashlib.sha256(f.read(1 << 20)).hexdigest()
+        start = f.read(1 << 20)
+    head = hashlib.sha256(start).hexdigest()
+    if start[:4] != b"GGUF":
+        raise ValueError(f"{file} is not a GGUF file; expected one, or the folder of a model")
     key = {"file": file.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "head": head, "transformers": transformers.__version__}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     target = root / f"{file.stem}-{digest}"
@@ -355,7 +474,13 @@ def _converted_gguf(file: Path, cache_dir: str | os.PathLike[str] | None) -> Pat
     root.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        except (struct.error, IndexError, KeyError, ValueError, EOFError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{file} is a GGUF file that cannot be read ({reason}); is it whole? Expected a causal language model"
+            ) from error
         # The weights are dequantised, but the model still says that it is quantised, and would refuse to be saved.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -401,8 +526,10 @@ def _cut_config(config: Any, n_layers: int, layers: list[int]) -> None:
 
 
 def _check_shapes(student: nn.Module, rebuilt: nn.Module, layers: list[int]) -> None:
-    have = {k: v.shape for k, v in student.state_dict().items()}
-    want = {k: v.shape for k, v in rebuilt.state_dict().items()}
+    # Quantised weights have shapes of their own.
+    packed = tuple(f"{name}." for name, module in student.named_modules() if is_quantized(module))
+    have = {k: v.shape for k, v in student.state_dict().items() if not k.startswith(packed)}
+    want = {k: v.shape for k, v in rebuilt.state_dict().items() if not k.startswith(packed)}
     wrong = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
     if wrong:
         raise ValueError(f"{type(student).__name__}: its config cannot describe layers {layers}; {wrong[0]} would not load")

@@ -43,6 +43,7 @@ KNOBS = (
 CHUNK_BYTES = {"cpu": 256 << 20}
 CHUNK_BYTES_GPU = 1 << 30
 CHUNK_TOKENS = 2048
+LEAST_TOKENS = 64  # that the library takes of its own accord: with fewer the heads are read too often
 TILE_TOKENS = 128  # of a GEMM's tile on a GPU
 LEAST_CHUNK = 256  # of a group: with fewer rows a GPU's row kernel and the products wait for memory
 MOST_CHUNK = 640
@@ -241,7 +242,7 @@ def _chunk_size(tokens: int, bytes_per_token: int, device: torch.device, chunk_t
     """Balanced chunks: their number first, from the budget, then equal sizes; on a GPU, of whole tiles of its GEMMs."""
     most = chunk_tokens
     if most <= 0:
-        most = min(CHUNK_TOKENS, max(64, _budget(device) // max(1, bytes_per_token)))
+        most = min(CHUNK_TOKENS, max(LEAST_TOKENS, _budget(device) // max(1, bytes_per_token)))
         if device.type != "cpu" and most > TILE_TOKENS:
             most -= most % TILE_TOKENS
     size = math.ceil(tokens / math.ceil(tokens / most))
@@ -265,6 +266,53 @@ def _group_sizes(tokens: int, logits_bytes: int, dz_bytes: int, device: torch.de
         if cost <= least:
             best, least = (min(group, tokens), min(size, tokens)), cost
     return best
+
+
+def _sizes(tokens: int, logits_bytes: int, dz_bytes: int, device: torch.device, chunk_tokens: int) -> tuple[int, int]:
+    """Tokens of a chunk and of a group, from the bytes of a token's logits and of its dz, 0 where that is not written apart."""
+    size = _chunk_size(tokens, logits_bytes, device, chunk_tokens)
+    if dz_bytes and size < min(tokens, CHUNK_TOKENS):  # a chunk of as many tokens as would be taken anyway gains nothing
+        group, smaller = _group_sizes(tokens, logits_bytes, dz_bytes, device, chunk_tokens)
+        if smaller < group:
+            return smaller, group
+    return size, size
+
+
+def buffer_bytes(
+    tokens: int, vocabulary: int, shared: int, dtype: torch.dtype, logits_dtype: torch.dtype, device: torch.device, chunk_tokens: int = 0
+) -> int:
+    """Bytes that the loss's logits, and gradients of logits that are written apart, take for ``tokens`` counted tokens at once.
+
+    Args:
+        shared: of the vocabulary, that a dense teacher has logits of too; 0 without one.
+        dtype: of the head and the hidden states; a GPU is taken to multiply 16 bits into fp32.
+        chunk_tokens: 0: the library's choice.
+    """
+    if not tokens:
+        return 0
+    logits_bytes = logits_dtype.itemsize * (vocabulary + shared)
+    dz_bytes = dtype.itemsize * vocabulary if device.type != "cpu" and dtype.itemsize == 2 and logits_dtype != dtype else 0
+    size, group = _sizes(tokens, logits_bytes, dz_bytes, device, chunk_tokens)
+    return size * logits_bytes + (group * dz_bytes if size < group else 0)
+
+
+def chunk_tokens_within(max_bytes: float, vocabulary: int, shared: int, logits_dtype: torch.dtype) -> int:
+    """The largest ``chunk_tokens`` for which `buffer_bytes` is at most ``max_bytes``, whatever the number of counted tokens.
+
+    Args:
+        vocabulary, shared: as in `buffer_bytes`.
+
+    Raises:
+        ValueError: the logits of one token take more.
+    """
+    bytes_per_token = logits_dtype.itemsize * (vocabulary + shared)  # with dz apart a group takes less than a chunk as large would
+    if max_bytes < bytes_per_token:
+        needed = math.ceil(bytes_per_token / 2**14) / 2**6
+        raise ValueError(
+            f"max_loss_buffer_mb: expected at least {needed:g}, for the logits of one token of {vocabulary} + {shared}"
+            f" entries, got {max_bytes / 2**20:g}"
+        )
+    return int(max_bytes // bytes_per_token)
 
 
 def _gather(x: Tensor, rows: Tensor | None, part: slice) -> Tensor:
@@ -509,14 +557,12 @@ class _Chunks:
         device = student.device
         width = (vocabulary if weight is not None else 0) + (self.shared if teacher_weight is not None else 0)
         per_token = logits_dtype.itemsize * max(width, vocabulary)
-        self.size = self.group = _chunk_size(tokens, per_token, device, chunk_tokens)
+        narrow = apart and weight is not None and _writes_narrow(student, logits_dtype)
+        dz_bytes = student.element_size() * vocabulary if narrow else 0
+        self.size, self.group = _sizes(tokens, per_token, dz_bytes, device, chunk_tokens)
         self.student = self.teacher = self.gradients = None
-        # A chunk of as many tokens as would be taken anyway gains nothing.
-        if apart and weight is not None and _writes_narrow(student, logits_dtype) and self.size < min(tokens, CHUNK_TOKENS):
-            group, size = _group_sizes(tokens, per_token, student.element_size() * vocabulary, device, chunk_tokens)
-            if size < group:
-                self.group, self.size = group, size
-                self.gradients = torch.empty(group, vocabulary, dtype=student.dtype, device=device)
+        if self.size < self.group:
+            self.gradients = torch.empty(self.group, vocabulary, dtype=student.dtype, device=device)
         if weight is not None:
             self.student = torch.empty(self.size, vocabulary, dtype=logits_dtype, device=device)
         if teacher is not None and teacher_weight is not None:

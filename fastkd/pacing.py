@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments, get_scheduler
 from .arguments import KDConfig
 from .data import IGNORE, counted_tokens
 from .functional import divergence
+from .levers import check_reset
 from .plan import Plan, PlanError, Samples, Schedule, Stage, knob_ends
 from .presets import kd, make_plan
 
@@ -51,6 +52,8 @@ def filled_plan(plan: Any, args: KDConfig, teachers: list[str]) -> Plan:
         order=_ORDERS[str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))],
         remainder="drop" if args.dataloader_drop_last else "short",
     )
+    if any(stage.reset_optimizer for stage in filled.stages):
+        check_reset(str(getattr(args.optim, "value", args.optim)))
     for i, stage in enumerate(filled.stages):
         for name, knob in stage.parameters.items():
             for value in knob_ends(knob):  # a domain is an interval, and a ramp stays between its ends

@@ -294,7 +294,9 @@ class Schedule:
         for i, (stage, pool) in enumerate(zip(plan.stages, self.pools, strict=True)):
             per_epoch = pool // batch_size if plan.remainder == "drop" else math.ceil(pool / batch_size)
             if per_epoch == 0:
-                why = f"fewer than the batch of {batch_size}, and remainder is 'drop'" if pool else "the bucket is empty"
+                why = "the bucket is empty; give more rows, or fewer buckets"
+                if pool:
+                    why = f"fewer than the batch of {batch_size}, and remainder is 'drop'; give more rows, or a smaller batch"
                 raise PlanError(f"stages[{i}]: has {pool} samples: {why}")
             self._per_epoch.append(per_epoch)
             # A hair less, because 0.1 * 30 is a hair more than 3.
@@ -358,9 +360,13 @@ class Schedule:
         return self._order(i, epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
     def micro_batch(self, step: int, micro: int, *, process: int, processes: int, size: int) -> list[int]:
-        """The part of `batch` that one process takes in one accumulation step; empty where a short batch has no more samples."""
-        first = (micro * processes + process) * size
-        return self.batch(step)[first : first + size]
+        """The part of `batch` that one process takes in one accumulation step; empty where a short batch has no more samples.
+
+        Dealt out from the longest to the shortest: the step has the same gradient, but less of it is padding, and what processes
+        compute at a time is alike.
+        """
+        first, lengths = (micro * processes + process) * size, self.samples.lengths
+        return sorted(self.batch(step), key=lambda position: -lengths[position])[first : first + size]
 
     def pool(self, stage: int) -> list[int]:
         """Positions of a stage's samples, easy to hard."""

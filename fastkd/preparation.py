@@ -1,8 +1,9 @@
 """What a trainer is given, brought into shape: student, teacher, tokenised rows, and checks that they fit together."""
 
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -11,6 +12,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from . import ops
+from .adapters import adapted, is_adapted
 from .arguments import KDConfig
 from .data import tokenize
 from .functional import divergence as make_divergence
@@ -24,28 +27,39 @@ from .store import StoreError
 __all__ = [
     "check_apart",
     "check_best_metric",
+    "check_device",
     "check_fits",
     "check_head",
+    "check_loss_buffer",
     "check_signal",
+    "check_temperatures",
     "load_student",
+    "logits_dtype",
     "pad_id",
     "place",
     "position_limit",
     "tokenized",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def load_student(model: Any, args: KDConfig, peft_config: Any) -> nn.Module:
     if isinstance(model, str | os.PathLike):
-        model = load_model(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+        options = dict(args.model_init_kwargs or {})
+        quantised = options.get("quantization") or options.get("quantization_config")
+        model = load_model(model, **{**({"device_map": {"": args.device}} if quantised else {"dtype": "float32"}), **options})
     elif not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a name, a path or a module, got {type(model).__name__}")
     elif args.model_init_kwargs:
         raise ValueError("model_init_kwargs: the model is given as a module, which is loaded already")
     if peft_config is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, peft_config)
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)  # adapters begin at random
+            model = adapted(model, peft_config)
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if is_adapted(model) and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        model.enable_input_require_grads()  # a reentrant checkpoint has gradients where its input has
     return model
 
 
@@ -120,12 +134,51 @@ def check_signal(kind: str, divergence: str, parameters: Mapping[str, Sequence[f
             )
 
 
+def check_temperatures(kind: str, temperatures: Collection[float]) -> None:
+    """Refuse to keep probabilities, which are of one temperature, for several."""
+    if kind != "hidden" and len(temperatures) > 1:
+        shown = ", ".join(f"{t:g}" for t in sorted(temperatures))
+        raise StoreError(f"store.kind: {kind} holds probabilities at one temperature, the plan has {shown}; expected kind hidden")
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that this machine does not have."""
+    if device is None:
+        return
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu", *([here.type] if here else [])]
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in known or (found.index or 0) >= max(1, torch.accelerator.device_count()):
+        raise ValueError(f"device: expected a device that is here, {' or '.join(known)}, got {device!r}")
+
+
 def check_head(argument: str, model: Any) -> None:
     ids = torch.arange(3, 11, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
     try:
         verify_head(model, ids)
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from error
+
+
+def logits_dtype(args: KDConfig, dtype: torch.dtype) -> torch.dtype:
+    """Of the loss, for hidden states of ``dtype``."""
+    return torch.promote_types(dtype, torch.float32) if args.logits_dtype is None else getattr(torch, args.logits_dtype)
+
+
+def check_loss_buffer(args: KDConfig, student: Any, teachers: Sequence[Any]) -> None:
+    """Refuse a max_loss_buffer_mb that holds not one token's logits, warn of one that holds few."""
+    if args.max_loss_buffer_mb is None:
+        return
+    vocabulary, *others = (model.config.get_text_config().vocab_size for model in (student, *teachers))
+    shared = min(vocabulary, max(others, default=0))
+    dtype = logits_dtype(args, next(student.parameters()).dtype)
+    tokens = ops.chunk_tokens_within(args.max_loss_buffer_mb * 2**20, vocabulary, shared, dtype)
+    if tokens < ops.LEAST_TOKENS:
+        enough = args.max_loss_buffer_mb * ops.LEAST_TOKENS / tokens
+        logger.warning("max_loss_buffer_mb: holds %d tokens at a time, which is slow; %.0f would hold %d", tokens, enough, ops.LEAST_TOKENS)
 
 
 def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDConfig, name: str, scored: bool = False) -> Dataset:

@@ -15,7 +15,10 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def preview(schedule: Schedule, args: TrainingArguments) -> str:
-    """The stages that the run comes to: samples, epochs, steps, counted tokens, teacher, knobs, learning rate; and a drawing of them."""
+    """The stages that the run comes to, as a table and a drawing.
+
+    Samples, epochs, steps, counted tokens, the share of what a model computes that is padding, teacher, knobs, learning rate.
+    """
     total = schedule.total_steps
     try:
         factor = learning_rate_factor(args, schedule)
@@ -30,6 +33,7 @@ def preview(schedule: Schedule, args: TrainingArguments) -> str:
         notes = [note for key, note in (("restart_lr", "restart"), ("reset_optimizer", "reset")) if row.pop(key)]
         lr = "by a metric" if rates is None else f"{rates[span][0]:.2g} .. {max(rates[span]):.2g} .. {rates[span][-1]:.2g}"
         rows.append({**row, "learning rate": lr, "begins with": ", ".join(notes)})
+        rows[-1] = _after(rows[-1], "tokens", "padding", f"{_padding(schedule, args, first, first + row['steps']):.0%}")
     columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
     rows = [{key: row[key] for key in columns} for row in rows]
     if not any(row["begins with"] for row in rows):
@@ -42,6 +46,27 @@ def preview(schedule: Schedule, args: TrainingArguments) -> str:
         f" order {schedule.plan.order}, remainder {schedule.plan.remainder}"
     )
     return "\n".join([heading, "", *_table([*rows, totals]), "", *_drawing(schedule, rates)]) + "\n"
+
+
+def _padding(schedule: Schedule, args: TrainingArguments, first: int, last: int) -> float:
+    """The share of padding in the micro-batches of the steps from ``first`` to ``last``; of many steps, in some 500 spread over them."""
+    lengths, size, processes = schedule.samples.lengths, args.per_device_train_batch_size, max(args.world_size, 1)
+    useful = computed = 0
+    for step in range(first, last, max(1, (last - first) // 500)):
+        for micro in range(args.gradient_accumulation_steps):
+            for process in range(processes):
+                rows = [lengths[i] for i in schedule.micro_batch(step, micro, process=process, processes=processes, size=size)]
+                useful += sum(rows)
+                if not rows:  # the first row of the data fills the step up
+                    computed += lengths[0]
+                else:
+                    computed += sum(rows) if getattr(args, "padding_free", False) else len(rows) * max(rows)
+    return 1 - useful / computed
+
+
+def _after(row: dict[str, Any], key: str, name: str, value: Any) -> dict[str, Any]:
+    place = list(row).index(key) + 1
+    return {**dict(list(row.items())[:place]), name: value, **dict(list(row.items())[place:])}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from .data import IGNORE, KDCollator
 from .functional import fused_linear_kd
-from .generation import Answer, generate
+from .generation import Answer, check_settings, generate
 from .hf import _eval_mode, head_of, run_body
-from .preparation import check_fits, pad_id
+from .preparation import check_device, check_fits, pad_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,9 +83,7 @@ def evaluate(
     Raises:
         ValueError: an unknown metric, no seed, a setting outside its range, or a metric asked for by name that the rows do not allow.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(map(str, unknown)) or 'none'}")
+    _check_metrics(metrics)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: expected one or more different whole numbers, got {list(seeds)}")
     notes: list[str] = []
@@ -432,6 +430,12 @@ def lm_eval_suite(model_path: str | Path, tasks: Sequence[str], *, model_args: M
     return {name: out[name] for name in ("results", "versions", "n-samples") if name in out}
 
 
+def _check_metrics(metrics: Sequence[str]) -> None:
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {', '.join(map(str, unknown)) or 'none'}")
+
+
 def evaluate_file(
     model: str,
     data: str | None,
@@ -468,18 +472,23 @@ def evaluate_file(
     for name, value in (("rows", rows), ("seeds", seeds), ("max_length", max_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected a number >= 1, got {value}")
+    check_settings(generation)
+    if metrics is not None:
+        _check_metrics(metrics)
     result: dict[str, Any] = {}
     text = ""
     if data is not None:
         from .data import load_rows, tokenize
-        from .models import load_model, load_tokenizer
+        from .models import _dtype, load_model, load_tokenizer
 
         found = load_rows(data, columns=columns, split=split)
         found = found if rows is None else found.select(range(min(rows, len(found))))
         tokenizer = load_tokenizer(model)
         tokenized = tokenize(found, tokenizer, max_length=max_length, chat_template=chat_template or None, name=str(data))
+        check_device(device)
+        wanted = _dtype(dtype)
         place = device or (str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu")
-        loaded: Any = load_model(model, dtype=dtype)
+        loaded: Any = load_model(model, dtype=wanted)
         loaded.to(place)
         generation |= {} if metrics is None else {"metrics": tuple(metrics)}
         result = evaluate(loaded, tokenizer, found, tokenized, seeds=range(seeds), answers_path=answers, **generation)

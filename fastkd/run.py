@@ -4,27 +4,36 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
+import platform
 import re
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from . import checkpoints, difficulty
-from .config import ConfigError, ModelSpec, RunConfig
+from .adapters import adapted, is_adapted, lora_config
+from .config import ConfigError, DataSpec, LossSpec, ModelSpec, RunConfig
 from .data import load_rows
 from .files import flat, write_whole
-from .models import check_tokenizers, load_model, load_tokenizer
+from .hf import is_sharded
+from .model_card import CardFacts, public_name, versions
+from .models import check_tokenizers, load_model, load_tokenizer, outline, quantized_by
 from .pacing import filled_plan, sample_table, schedule_for
 from .plan import Plan, PlanError, Samples, Schedule, difference
 from .preparation import tokenized
 from .presets import TRAINING
 from .preview import preview
-from .report import METRICS, PLAN, read_metrics, write_report
+from .progress import watch
+from .report import METRICS, PLAN, read_metrics, recorded_warnings, write_report
 from .store import StoreError
 from .teachers import TeacherSource
 from .trainer import KDConfig, KDTrainer
@@ -38,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Run:
+class Run:
     """What all commands need of a configuration before any model is loaded."""
 
     config: RunConfig
@@ -58,26 +67,45 @@ class _Run:
         return Path(self.config.difficulty.path or Path(self.config.output_dir) / "difficulty.parquet")
 
 
-def _begin(config: RunConfig) -> _Run:
-    with _blamed(config, "training"):
+def begin(config: RunConfig) -> Run:
+    """Read the data and the student's tokenizer, and refuse what does not fit together; no model is loaded and nothing is written."""
+    if config.data.eval is None and config.training.get("eval_strategy", "no") != "no":
+        raise ConfigError(f"{config.path}: training.eval_strategy: there are no rows to evaluate on; name data.eval, or leave it out")
+    with blamed(config, "training"):
         args = _arguments(config)
-    with _blamed(config, "plan"):
+    with blamed(config, "plan"):
         plan = filled_plan(config.plan, args, list(config.teachers))
-    with _blamed(config, "data.train"):
+    _check_models(config)
+    with blamed(config, "data.train"):
         rows = load_rows(config.data.train, columns=config.data.columns)
-    with _blamed(config, "data.eval"):
+    with blamed(config, "data.eval"):
         eval_rows = None if config.data.eval is None else load_rows(config.data.eval, columns=config.data.columns)
-    with _blamed(config, "student"):
-        tokenizer = load_tokenizer(config.student.model, **_place(config.student))
-    with _blamed(config, "data"):
+    with blamed(config, "student"):
+        tokenizer = load_tokenizer(config.student.model, **place_of(config.student))
+    with blamed(config, "data"):
         train = tokenized(rows, tokenizer, args, "train")
         held_out = None if eval_rows is None else tokenized(eval_rows, tokenizer, args, "eval")
     # As if all were of one difficulty: the stages are the same, but for the tokens in each.
     unscored = dataclasses.replace(sample_table(train), scores=[0.0] * len(train))
-    run = _Run(config, args, plan, tokenizer, rows, train, held_out, unscored)
-    with _blamed(config, "plan"):
+    run = Run(config, args, plan, tokenizer, rows, train, held_out, unscored)
+    with blamed(config, "plan"):
         run.schedule(unscored)  # what does not fit is refused before anything is scored or loaded
     return run
+
+
+def _check_models(config: RunConfig) -> None:
+    """Refuse quantisations and an adapter that cannot be had."""
+    named = {"student": config.student, "difficulty.scorer": config.difficulty.scorer}
+    one = list(config.teachers) == ["teacher"]
+    for key, spec in {**named, **{name if one else f"teachers.{name}": spec for name, spec in config.teachers.items()}}.items():
+        if spec is not None and spec.quantization is not None:
+            with blamed(config, f"{key}.quantization"):
+                quantized_by(spec.quantization)
+    if config.student.lora is not None:
+        with blamed(config, "student"):
+            drawn = outline(config.student.model, **options_of(config.student))
+        with blamed(config, "student.lora"):
+            adapted(drawn, lora_config({**config.student.lora, "init_lora_weights": True}))  # others begin by looking at weights
 
 
 def distill(config: RunConfig, *, resume: bool = False) -> Path:
@@ -89,21 +117,26 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
         ConfigError: the folder already holds a run and ``resume`` is False; nothing in it is touched.
         ValueError, TypeError, OSError: from data and models, before training. NonFiniteLossError: in training.
     """
+    with recorded_warnings() as warned:
+        return _distill(config, resume, warned)
+
+
+def _distill(config: RunConfig, resume: bool, warned: list[str]) -> Path:
+    from .preflight import check_before_loading
+
     output = Path(config.output_dir)
-    _check_folder(output, config, resume)
-    if config.data.eval is None and config.training.get("eval_strategy", "no") != "no":
-        raise ConfigError(f"{config.path}: training.eval_strategy: there are no rows to evaluate on; name data.eval, or leave it out")
-    run = _begin(config)
+    check_folder(output, config, resume)
+    run = begin(config)
     for name, spec in config.teachers.items():
         if config.student.model == spec.model and config.student.layers == spec.layers:
             logger.warning("student and teacher %s are the same model (%s): there is nothing to learn", name, spec.model)
-    with _blamed(config, "student"):
-        student = _load(config.student, "float32")
+    check_before_loading(run, scores=run.plan.needs_scores)
+    with blamed(config, "student"):
+        student = load_spec(config.student, "float32", run.args.device)
     if run.plan.needs_scores:
         with run.args.main_process_first(desc="scoring the samples"):
             run.train = difficulty.attach(run.train, _score(run, student))
-    with _room(config):
-        trainer = _trainer(run, student)
+    with _room(config), _watched(config, _trainer(run, student), warned) as trainer:
         start = checkpoints.newest_complete(output) if resume else None
         if resume and start is None:
             logger.warning("no complete checkpoint in %s: starting from the beginning", output)
@@ -113,43 +146,86 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
         evaluated = [trainer.is_world_process_zero() and _is_evaluated(output, trainer.state.global_step)]
         if run.held_out is not None and not broadcast_object_list(evaluated)[0]:  # all processes, or none
             _say("after", trainer)
-        trainer.save_model()
+        _save(trainer)  # pushed below, with the report
         if trainer.is_world_process_zero():
-            write_report(output, output.name, _facts(config, trainer))
+            trainer.create_model_card()
+    if run.args.push_to_hub and trainer.is_world_process_zero():
+        with blamed(config, "training.push_to_hub"):
+            trainer.push_folder("End of training")
     return output
+
+
+@contextlib.contextmanager
+def _watched(config: RunConfig, trainer: KDTrainer, warned: list[str]) -> Iterator[KDTrainer]:
+    """Show the training as it goes, and leave a report however it ends."""
+    progress, report = watch(trainer), _Report(config, trainer, warned)
+    trainer.add_callback(report)
+    try:
+        yield trainer
+    except BaseException as error:
+        progress.close()
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        with contextlib.suppress(OSError):  # the error itself may be that nothing can be written
+            report.write(f"Stopped after step {trainer.state.global_step:,} of {trainer.schedule.total_steps:,}: {reason[:500]}")
+        raise
+    report.write("Finished.")
+
+
+def _save(trainer: KDTrainer) -> None:
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    if is_adapted(student) and not is_sharded(student):
+        trainer.save_merged(str(trainer.args.output_dir))
+        return
+    if is_adapted(student):
+        logger.warning("the student is sharded: its adapter is saved as it is, not merged; peft's merge_and_unload does it")
+    trainer.save_model(_internal_call=True)
 
 
 def _is_evaluated(output: Path, step: int) -> bool:
     return any(row["step"] == step and "eval_ce" in row for row in read_metrics(output))
 
 
-def show_plan(config: RunConfig) -> str:
-    """The stages as a table and a drawing. Reads the data and the tokenizer; loads no model."""
-    run = _begin(config)
+def show_plan(config: RunConfig, card_gb: float | None = None) -> str:
+    """The stages as a table and a drawing, and the memory that they take. Reads the data and the tokenizer; loads no model.
+
+    Args:
+        card_gb: memory of the GPU to plan for, in units of 2 ** 30 bytes; None: that of the GPU at hand, if any.
+    """
+    from .memory import describe
+
+    run = begin(config)
     samples, note = run.unscored, ""
     if run.plan.needs_scores:
         if run.scores_path.exists():
-            with _blamed(config, "difficulty"):
+            with blamed(config, "difficulty.path"):
                 scored = difficulty.attach(run.train, difficulty.read_scores(run.scores_path))
                 samples = dataclasses.replace(samples, scores=scored["score"][:])
         else:
             note = f"The samples are not scored yet (`fastkd score {config.path}`): tokens are as if all were of one difficulty."
-    with _blamed(config, "plan"):
+    with blamed(config, "plan"):
         schedule = run.schedule(samples)
-    with _blamed(config, "training"):
-        return preview(schedule, run.args) + (f"\n{note}\n" if note else "")
+    with blamed(config, "training"):
+        shown = preview(schedule, run.args) + (f"\n{note}\n" if note else "")
+    return f"{shown}\n{describe(run, card_gb, schedule=schedule)}"
 
 
 def score(config: RunConfig) -> Path:
     """Score the samples' difficulty as ``config.difficulty`` says; returns the Parquet file's path."""
-    run = _begin(config)
-    with _blamed(config, "student"):
-        student = None if config.difficulty.scorer is not None or config.difficulty.column else _load(config.student, "float32")
+    run = begin(config)
+    from .preflight import check_before_loading
+
+    check_before_loading(run, scores=True, trains=False)
+    with blamed(config, "student"):
+        student = (
+            None
+            if config.difficulty.scorer is not None or config.difficulty.column
+            else load_spec(config.student, "float32", run.args.device)
+        )
     _score(run, student)
     return run.scores_path
 
 
-def _score(run: _Run, student: PreTrainedModel | None) -> Any:
+def _score(run: Run, student: PreTrainedModel | None) -> Any:
     """Columns by sample id, in the file as well; what is there already is not computed again."""
     config, spec = run.config, run.config.difficulty
     signal = f"column:{spec.column}" if spec.column is not None else spec.signal
@@ -157,9 +233,9 @@ def _score(run: _Run, student: PreTrainedModel | None) -> Any:
         raise ConfigError(f"{config.path}: difficulty.signal: {signal} is a property of rows, and data.packing joins them; use loss")
     scorer: Any = student
     if spec.scorer is not None:
-        with _blamed(config, "difficulty.scorer"):
-            check_tokenizers(run.tokenizer, load_tokenizer(spec.scorer.model, **_place(spec.scorer)), "scorer")
-            scorer = _load(spec.scorer, None)
+        with blamed(config, "difficulty.scorer"):
+            check_tokenizers(run.tokenizer, load_tokenizer(spec.scorer.model, **place_of(spec.scorer)), "scorer")
+            scorer = load_spec(spec.scorer, None, run.args.device)
     if scorer is not None:
         scorer.to(run.args.device)
 
@@ -172,7 +248,7 @@ def _score(run: _Run, student: PreTrainedModel | None) -> Any:
         return [-1 if (stage := stages[position[sample]]) is None else stage for sample in ids]
 
     run.scores_path.parent.mkdir(parents=True, exist_ok=True)
-    with _blamed(config, "difficulty"):
+    with blamed(config, "difficulty"):
         return difficulty.score(
             run.rows,
             run.train,
@@ -186,7 +262,7 @@ def _score(run: _Run, student: PreTrainedModel | None) -> Any:
             temperature=spec.temperature,
             seed=config.seed,
             higher_is_easier=spec.higher_is_easier,
-            scorer=_described(spec.scorer or config.student),
+            scorer=described(spec.scorer or config.student),
             stage_of=stage_of,
             progress=not run.args.disable_tqdm,
         )
@@ -196,25 +272,37 @@ def fill_stores(config: RunConfig) -> dict[str, int]:
     """Fill the teachers' stores for all rows; returns how many canonical batches each had missing. To be called again after a fault."""
     if config.store is None:
         raise ConfigError(f"{config.path}: store: missing; write store: {{kind: hidden, path: ...}}")
-    run = _begin(config)
+    run = begin(config)
+    from .preflight import check_before_loading
+
+    check_before_loading(run, scores=False)
     stages = tuple(dataclasses.replace(stage, buckets=None) for stage in run.plan.stages)
     run.plan = dataclasses.replace(run.plan, fractions=(1.0,), stages=stages, order="sequential")  # no samples are easier than others
-    with _blamed(config, "student"):
-        student = _load(config.student, "float32")
+    with blamed(config, "student"):
+        student = load_spec(config.student, "float32", run.args.device)
     teachers = _trainer(run, student).teachers
     return {f"{name}, {split}": teachers.fill(name, split) for name, split in list(teachers.stores)}
 
 
-def _trainer(run: _Run, student: PreTrainedModel) -> KDTrainer:
-    config = run.config
-    sources = {
+def teacher_sources(config: RunConfig) -> dict[str, TeacherSource]:
+    """What the trainer's teachers are made from, by key."""
+    return {
         name: TeacherSource(
-            spec.model, spec.dtype, spec.device, spec.park, {**_place(spec), **({} if spec.layers is None else {"layers": spec.layers})}
+            spec.model, spec.dtype, spec.device, spec.park, {**options_of(spec), **({} if spec.layers is None else {"layers": spec.layers})}
         )
         for name, spec in config.teachers.items()
     }
-    with _blamed(config, "training"):
-        trainer = KDTrainer(student, sources or None, run.args, run.train, run.held_out, processing_class=run.tokenizer, plan=run.plan)
+
+
+def _trainer(run: Run, student: PreTrainedModel) -> KDTrainer:
+    config = run.config
+    sources = teacher_sources(config)
+    lora = None if config.student.lora is None else lora_config(config.student.lora)
+    with blamed(config, "training"):
+        trainer = KDTrainer(
+            student, sources or None, run.args, run.train, run.held_out, processing_class=run.tokenizer, plan=run.plan, peft_config=lora
+        )
+    trainer.card_facts = _card_facts(config)
     trainer.add_callback(_PlanFile(config, trainer.schedule))
     return trainer
 
@@ -229,23 +317,43 @@ def _say(when: str, trainer: KDTrainer) -> None:
 
 
 @contextlib.contextmanager
-def _blamed(config: RunConfig, key: str) -> Iterator[None]:
+def blamed(config: RunConfig, key: str) -> Iterator[None]:
     """An error inside is the fault of this key of the configuration."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # libraries raise all kinds for files and options that do not suit
         text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         teacher = re.match(r"teacher '([^']+)': ", text)
+        named = re.match(r"([\w.\[\]]+): ", text)
         if isinstance(error, PlanError):
-            key = "plan"
+            key = f"plan.{named[1]}" if named else "plan"
         elif isinstance(error, StoreError):
-            place = re.match(r"(store\.\w+): ", text)
-            key, text = (place[1], text[place.end() :]) if place else ("store", text)
-        elif text.startswith(("max_length", "input_ids")):
+            key = named[1] if named and named[1].startswith("store.") else "store"
+        elif named and (own := _key_of(named[1])) and key in ("training", own.partition(".")[0]):
+            key = own
+        elif text.startswith("max_length: "):
+            key = "data.max_length"
+        elif text.startswith("input_ids"):
             key = "data"
+        elif key.startswith("data.") and re.match(r"\S+: columns: ", text):
+            key = "data.columns"
+        elif text.startswith("Specified `attn_implementation="):  # of transformers
+            key = f"{key}.attn_implementation"
+        if named and key.endswith(named[1]):
+            text = text[named.end() :]
         if teacher:
             key, text = "teacher" if list(config.teachers) == ["teacher"] else f"teachers.{teacher[1]}", text[teacher.end() :]
         raise ConfigError(f"{config.path}: {key}: {text}") from error
+
+
+def _key_of(argument: str) -> str | None:
+    """Where the configuration has an argument of `KDConfig`."""
+    for section, spec in (("loss", LossSpec), ("data", DataSpec)):
+        if argument in (f.name for f in dataclasses.fields(spec)):
+            return f"{section}.{argument}"
+    return f"training.{argument}" if argument.partition(".")[0] in (f.name for f in dataclasses.fields(KDConfig)) else None
 
 
 @contextlib.contextmanager
@@ -261,7 +369,7 @@ def _room(config: RunConfig) -> Iterator[None]:
         raise ConfigError(f"{config.path}: output_dir: {config.output_dir}: {reason}; {rest}") from error
 
 
-def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
+def check_folder(output: Path, config: RunConfig, resume: bool) -> None:
     """Nothing that is not this run's is overwritten."""
 
     def refuse(why: str) -> NoReturn:
@@ -270,6 +378,8 @@ def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
     for name, spec in (("student", config.student), *config.teachers.items()):
         if Path(spec.model).resolve() == output.resolve():
             refuse(f"is where {name!r} is read from; choose another folder")
+    if output.exists() and not output.is_dir():
+        refuse("is a file; choose another name")
     finished, plan = output / "config.json", output / PLAN
     if not resume:
         if finished.exists() or (output / METRICS).exists() or any(output.glob("checkpoint-*")):
@@ -289,10 +399,11 @@ def _check_folder(output: Path, config: RunConfig, resume: bool) -> None:
             refuse(f"holds another run: {changed}; to resume, use the same (to train on, begin another run with student: {output})")
 
 
-# What may change on resuming: it has no effect on the weights.
+# What may change on resuming: it has no effect on the weights. How a batch is split may, as the trainer looks at the whole.
 _FREE = (
     "path", "output_dir", "store.path", "store.max_gb", "difficulty.path", "training.logging_", "training.save_", "training.eval_",
-    "training.disable_tqdm", "training.report_to",
+    "training.disable_tqdm", "training.report_to", "training.per_device_", "training.gradient_accumulation_steps",
+    "training.gradient_checkpointing", "training.activation_offloading",
 )  # fmt: skip
 
 
@@ -326,11 +437,21 @@ def _arguments(config: RunConfig) -> KDConfig:
     )
 
 
-def _load(spec: ModelSpec, default_dtype: str | None) -> PreTrainedModel:
-    return load_model(spec.model, dtype=spec.dtype or default_dtype, layers=spec.layers, **_place(spec))
+def load_spec(spec: ModelSpec, default_dtype: str | None, device: torch.device | None = None) -> PreTrainedModel:
+    """The model on the CPU, but a quantised one on ``device``, and what of it is not quantised in the checkpoint's dtype by default."""
+    options = options_of(spec)
+    if spec.quantization is not None:
+        default_dtype, options["device_map"] = None, None if device is None else {"": device}
+    return load_model(spec.model, dtype=spec.dtype or default_dtype, layers=spec.layers, **options)
 
 
-def _place(spec: ModelSpec) -> dict[str, Any]:
+def options_of(spec: ModelSpec) -> dict[str, Any]:
+    """Keywords of `load_model` besides the dtype and the layers."""
+    how = {name: value for name in ("attn_implementation", "quantization") if (value := getattr(spec, name)) is not None}
+    return {**place_of(spec), **how}
+
+
+def place_of(spec: ModelSpec) -> dict[str, Any]:
     return {name: value for name in ("gguf_file", "revision") if (value := getattr(spec, name)) is not None}
 
 
@@ -348,19 +469,86 @@ class _PlanFile(TrainerCallback):
         write_whole(Path(args.output_dir) / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
-def _described(spec: ModelSpec) -> str:
+class _Report(TrainerCallback):
+    """Writes ``report.html`` when a checkpoint is saved, if the last time is a minute ago, and when it is told to."""
+
+    def __init__(self, config: RunConfig, trainer: KDTrainer, warned: list[str]):
+        self.config, self.trainer, self.warned = config, trainer, warned
+        self._next = time.monotonic() + 60
+
+    def on_save(self, args, state, control, **kwargs):
+        if time.monotonic() >= self._next:
+            self.write(f"Under way: step {state.global_step:,} of {self.trainer.schedule.total_steps:,}.")
+
+    def write(self, status: str) -> None:
+        folder = Path(self.config.output_dir)
+        if self.trainer.is_world_process_zero() and (folder / METRICS).exists():
+            write_report(folder, folder.absolute().name, _facts(self.config, self.trainer), status=status, warned=self.warned)
+        self._next = time.monotonic() + 60
+
+
+def described(spec: ModelSpec) -> str:
     return Path(spec.model).name + ("" if spec.layers is None else f", {len(spec.layers)} of its layers")
 
 
 def _facts(config: RunConfig, trainer: KDTrainer) -> dict[str, Any]:
-    loss, student = config.loss, trainer.accelerator.unwrap_model(trainer.model)
-    facts = {"student": f"{_described(config.student)} ({student.num_parameters():,} parameters)"}
+    """What the report says of a run. Paths are shortened to names: the page may be passed on."""
+    loss, args, schedule = config.loss, trainer.args, trainer.schedule
+    student: Any = trainer.accelerator.unwrap_model(trainer.model)
+    trained = student.num_parameters(only_trainable=True)
+    part = "" if trained == student.num_parameters() else f", {trained:,} of them trained"
+    facts = {"student": f"{_titled(config.student)} ({student.num_parameters():,} parameters{part})"}
     for name, spec in config.teachers.items():
         size = sum(p.numel() for p in trainer.teachers.outline(name).parameters())
-        facts[name if len(config.teachers) == 1 else f"teacher {name}"] = f"{_described(spec)} ({size:,} parameters)"
+        facts["teacher" if len(config.teachers) == 1 else f"teacher {name}"] = f"{_titled(spec)} ({size:,} parameters)"
+    parameters = "".join(f" {name}={value:g}" for name, value in loss.parameters.items())
+    held_out = "" if config.data.eval is None else f"; held out: {public_name(_data_path(config.data.eval))}"
+    batch = f"{schedule.batch_size} rows"
+    if args.world_size > 1 or args.gradient_accumulation_steps > 1:
+        parts = [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size]
+        batch += f" ({parts[0]} a device, {parts[1]} micro-batches, {parts[2]} process{'es' * (parts[2] > 1)})"
+    optimizer, scheduler = (getattr(value, "value", value) for value in (args.optim, args.lr_scheduler_type))
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else str(next(student.parameters()).dtype).removeprefix("torch.")
     return {
         **facts,
-        "divergence": " ".join([loss.divergence, *(f"{k}={v:g}" for k, v in loss.parameters.items())]),
-        "training rows": len(trainer.schedule.samples),
-        "steps": trainer.schedule.total_steps,
+        "data": f"{public_name(_data_path(config.data.train))}, {len(schedule.samples):,} rows{held_out}",
+        "plan": trainer.plan.name or "own stages",
+        "divergence": f"{loss.divergence}{parameters}",
+        "steps": schedule.total_steps,
+        "batch": batch,
+        "optimizer": f"{optimizer}, learning rate {args.learning_rate:g}, {scheduler}; {precision}; seed {schedule.seed}",
+        "hardware": _hardware(args.world_size),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions(config.student.lora is not None).items()),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_shortened, sys.argv[1:])]),
+        "written": time.strftime("%Y-%m-%d %H:%M %Z"),
     }
+
+
+def _card_facts(config: RunConfig) -> CardFacts:
+    return CardFacts(
+        student=config.student.model,
+        student_note="" if config.student.layers is None else f"{len(config.student.layers)} of its layers",
+        teachers={name: spec.model for name, spec in config.teachers.items()},
+        train=_data_path(config.data.train),
+        eval=None if config.data.eval is None else _data_path(config.data.eval),
+    )
+
+
+def _titled(spec: ModelSpec) -> str:
+    return public_name(spec.model) + ("" if spec.layers is None else f", {len(spec.layers)} of its layers")
+
+
+def _data_path(data: str | dict[str, str]) -> str:
+    return data if isinstance(data, str) else data["path"]
+
+
+def _shortened(word: str) -> str:
+    """A word of the command line, of absolute paths in it the last part."""
+    return re.sub(r"(?<![\w.~/])[~/][^\s,:=}\]]*/(?=[^/\s,:=}\]])", "", word)
+
+
+def _hardware(processes: int) -> str:
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return name if processes == 1 else f"{processes} x {name}"
+    return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"

@@ -31,8 +31,10 @@ from transformers.integrations import deepspeed
 from .data import IGNORE, KDCollator
 from .files import json_hash, write_whole
 from .hf import Head, fsdp_units, head_of, is_partitioned, is_sharded, redirected, run_at_head, run_body
-from .models import check_tokenizers, config_hash, fingerprint, load_model, load_tokenizer, model_files, outline
-from .preparation import check_head, pad_id, place
+from .levers import apply_liger
+from .models import check_tokenizers, config_hash, fingerprint, load_model, load_tokenizer, model_files, outline, quantized_by
+from .packing import Layout
+from .preparation import check_head, check_temperatures, pad_id, place
 from .signals import Signal, TeacherHidden, TeacherTopK
 from .store import Store, StoreError, StoreSpec, check_room, folder_name, read_head, write_head
 
@@ -141,6 +143,7 @@ class Teachers:
         device: where signals are handed over, and where teachers run that name no device.
         tokenizer: the student's; the tokenizers of teachers given by name must agree with it. None: not checked.
         verify: compare each model's split into body and head with its own logits when it is first loaded.
+        liger: put Liger's kernels into teachers given by name or path, as `fastkd.levers.liger_config` says; a module is its owner's.
 
     Attributes:
         memory: a record of each time a model was loaded, freed, parked or brought back: ``event``, ``teacher``, ``before`` and ``after`` in
@@ -160,8 +163,10 @@ class Teachers:
         device: torch.device | str,
         tokenizer: PreTrainedTokenizerBase | None = None,
         verify: bool = True,
+        liger: Mapping[str, bool] | None = None,
     ):
         self.device = torch.device(device)
+        self._liger = liger
         self.memory: list[dict[str, Any]] = []
         self.stores: dict[tuple[str, str], Store] = {}
         self._tokenizer, self._verify = tokenizer, verify
@@ -174,6 +179,7 @@ class Teachers:
                 if tokenizer is not None and not isinstance(source.model, nn.Module):
                     check_tokenizers(tokenizer, load_tokenizer(source.model, **place(source.options)))
             self._teachers[name] = _Teacher(source)
+            self._check_liger(name, source)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -196,13 +202,26 @@ class Teachers:
         if isinstance(teacher.source.model, nn.Module):
             return teacher.source.model
         if teacher.outline is None:
-            with _named(name), _random_state_kept(), _loaded_whole():
+            with _named(name), _random_state_kept(), loaded_whole():
                 teacher.outline = outline(teacher.source.model, dtype=teacher.source.dtype, **_without(teacher.source.options, "layers"))
         return teacher.outline
 
     def identity(self, name: str) -> dict[str, Any] | None:
         """What a teacher given by name or path is: hashes of its weights and config, its options, dtype and head. None for a module."""
         return None if self._get(name).given else self._identity(name)
+
+    def _check_liger(self, name: str, source: TeacherSource) -> None:
+        if self._liger is None:
+            return
+        if torch.device(source.device or self.device).type != self.device.type:
+            if self._liger.get("rope", True):
+                raise ValueError(
+                    f"teacher {name!r}: use_liger_kernel: Liger's rotary kernel would be that of all models of a family, and this one is"
+                    f" on the {source.device}, where it may not run; expected training.liger_kernel_config: {{rope: false}} beside it"
+                )
+            logger.warning("use_liger_kernel: the teacher %s is on the %s, and stays as it is", name, source.device)
+        elif isinstance(source.model, nn.Module):
+            logger.warning("use_liger_kernel: the teacher %s was given as a module, and stays as it is", name)
 
     # Stages.
 
@@ -237,12 +256,14 @@ class Teachers:
                 if isinstance(teacher.source.model, nn.Module):
                     body = teacher.source.model
                 elif body is None:
-                    with _loaded_whole():
-                        body = load_model(teacher.source.model, dtype=teacher.source.dtype, **teacher.source.options)
+                    with loaded_whole():
+                        body = load_model(teacher.source.model, dtype=teacher.source.dtype, **_placed(teacher.source.options, device))
                     body.requires_grad_(False)
-                if _device_of(body) != device and not getattr(body, "hf_device_map", None):
+                if _device_of(body) != device and not _is_spread(body):
                     body.to(device)
                 body.eval()
+                if self._liger is not None and device.type == self.device.type and not teacher.given and not teacher.parked:
+                    apply_liger(body, self._liger, f"the teacher {name!r}")
             teacher.body, teacher.head, teacher.parked, teacher.units = body, None, False, fsdp_units(body)
             teacher.sharded = bool(teacher.units) or is_partitioned(body)  # asked once: it looks at each module and parameter
         if self._verify and not teacher.checked:
@@ -266,13 +287,22 @@ class Teachers:
 
     # Signals.
 
-    def signal(self, name: str, batch: Mapping[str, Tensor], labels: Tensor, index: Tensor | None = None, split: str = "train") -> Signal:
+    def signal(
+        self,
+        name: str,
+        batch: Mapping[str, Tensor],
+        labels: Tensor,
+        index: Tensor | None = None,
+        split: str = "train",
+        kept: Tensor | None = None,
+    ) -> Signal:
         """The teacher's signal for a batch: from the store of ``(name, split)`` where there is one, else from the live model.
 
         Args:
             batch: what the model's forward takes: ``input_ids``, ``attention_mask`` or ``position_ids``, ... ``[B, S]``.
             labels: ``[B, S]`` int64, aligned with the hidden states (already shifted); -100 where no token counts.
             index: ``[B]`` int64, the samples' ``sample_index``; needed with a store. Rows without a counted token may have any.
+            kept: of a batch that `fastkd.packing.joined` has made one row ``[1, T]`` of, which is then the shape of the signal.
 
         Returns:
             `TeacherHidden`, or `TeacherTopK` of a store of probabilities. From a store, hidden states of what does not count are 0.
@@ -286,6 +316,7 @@ class Teachers:
             hidden, head = self._live(name, batch)
             return _hidden_signal(hidden.to(self.device), _moved(head, self.device) if self._get(name).sharded else self.head(name))
         rows = self._stored(name, store, labels, index)
+        labels = Layout(labels.shape, kept).join(labels)
         counted = labels != IGNORE
 
         def spread(key: str, empty: float, dtype: torch.dtype, *width: int) -> Tensor:
@@ -369,9 +400,7 @@ class Teachers:
             StoreError: other settings than in the manifest (naming the field), no room, or probabilities at several temperatures.
         """
         temperatures = sorted(set(temperatures)) or [1.0]
-        if spec.kind != "hidden" and len(temperatures) != 1:
-            shown = ", ".join(f"{t:g}" for t in temperatures)
-            raise StoreError(f"store.kind: {spec.kind} holds probabilities at one temperature, the plan has {shown}; expected kind hidden")
+        check_temperatures(spec.kind, temperatures)
         pad = pad_id(self._tokenizer)
         for name in self.names if names is None else names:
             if is_sharded(self.outline(name)):
@@ -391,6 +420,7 @@ class Teachers:
                 "revision": teacher.source.options.get("revision"),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                "liger": self._liger,  # the last bits differ, as on another device: not another teacher
             }
             self.stores[name, split] = Store.open(
                 self._folder(spec, name) / folder_name(split),
@@ -470,6 +500,8 @@ class Teachers:
                 else:
                     hashes = _files_fingerprint(model_files(source.model, **_without(source.options, "layers")))
                     options = _without(source.options, *place(source.options), "device_map")
+                    if bits := options.get("quantization"):
+                        options["quantization"] = f"{bits}, {quantized_by(bits)}"
                 teacher.identity = {
                     **hashes,
                     "options": json.loads(json.dumps(options, default=str)),
@@ -502,7 +534,7 @@ class Teachers:
         device = _device_of(teacher.body)
         if teacher.source.park:
             with self._measured("park", name, device):
-                if device.type != "cpu":
+                if device.type != "cpu" and not _is_spread(teacher.body):
                     teacher.body.to("cpu")
                 teacher.parked = True
         else:
@@ -580,6 +612,17 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _is_spread(model: nn.Module) -> bool:
+    """Whether a ``device_map`` has put parts of the model on several devices, where they stay."""
+    return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+
+
+def _placed(options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """``options`` with which a quantised model is loaded where it is used: weights are quantised where they are loaded to."""
+    quantised = options.get("quantization") or options.get("quantization_config")
+    return {**options, "device_map": {"": device}} if quantised and "device_map" not in options else dict(options)
+
+
 def _without(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in names}
 
@@ -595,7 +638,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _loaded_whole() -> Iterator[None]:
+def loaded_whole() -> Iterator[None]:
     """Models are loaded whole on each process meanwhile.
 
     Under DeepSpeed ZeRO-3 transformers loads any model in shards, under FSDP it leaves those of all processes but one empty: for the

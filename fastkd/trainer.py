@@ -7,6 +7,9 @@ import logging
 import math
 import os
 import shutil
+import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,32 +20,37 @@ import torch
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checkpoints
+from . import checkpoints, ops
+from .adapters import adapter_facts, is_adapted, merged
 from .arguments import KDConfig
-from .data import KDCollator
+from .data import IGNORE, KDCollator
 from .evaluation import token_metrics
 from .functional import LossParts, divergence, fused_linear_kd
 from .hf import Head, head_of, is_partitioned, is_sharded, redirected, run_at_head
+from .levers import Offloaded, apply_liger, staying
+from .model_card import CardFacts, HubTrainer
 from .models import load_tokenizer
 from .pacing import DUMMY, StageCallback, filled_plan, learning_rate_factor, plan_loader, sample_table, schedule_for, teacher_of
-from .packing import suited_to
+from .packing import Layout, joined, keeps_documents_apart, suited_to
 from .plan import Point, Samples, difference, knob_ends
 from .preparation import (
     check_apart,
     check_best_metric,
     check_fits,
     check_head,
+    check_loss_buffer,
     check_signal,
     load_student,
+    logits_dtype,
     pad_id,
     place,
     tokenized,
 )
 from .report import MetricsFile
-from .signals import Signal, TeacherTopK
+from .signals import Signal, TeacherHidden, TeacherTopK
 from .store import StoreSpec
 from .teachers import Teachers, TeacherSource, teacher_sources
 
@@ -56,10 +64,13 @@ _FREE_CONFIG = ("transformers_version", "_name_or_path", "use_cache", "bos_token
 _OBJECTIVE = (
     "divergence", "temperature_squared", "logits_dtype", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16",
-    "neftune_noise_alpha",
+    "neftune_noise_alpha", "use_liger_kernel", "liger_kernel_config",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)
+
+# Of several processes on the CPU the first has the device "cpu:0". Older transformers load a resumed optimizer to it, which torch cannot.
+torch.serialization.register_package(99, lambda storage: None, lambda storage, place: storage if place.startswith("cpu:") else None)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -74,10 +85,47 @@ class _Sums:
     kd: float = 0.0
     ce: float = 0.0
     tokens: int = 0
+    useful: int = 0  # positions that went through the student and are no padding
+    computed: int = 0  # all positions that did
     tokens_before: int = 0
 
 
-class KDTrainer(Trainer):
+class _Watch:
+    """Seconds since a moment, without those of what does not belong to the training."""
+
+    def __init__(self) -> None:
+        self._begun: float | None = None
+        self._aside = 0.0
+        self.tokens = 0  # useful ones, of this process; those before an interruption are not in the seconds either
+
+    def reset(self, running: bool) -> None:
+        self._begun, self._aside, self.tokens = time.perf_counter() if running else None, 0.0, 0
+
+    def start(self) -> None:
+        if self._begun is None:
+            self.reset(running=True)
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._begun is None else time.perf_counter() - self._begun - self._aside
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - since
+
+
+def _not_timed(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def aside(self, *args, **kwargs):
+        with self._watch.paused():
+            return method(self, *args, **kwargs)
+
+    return aside
+
+
+class KDTrainer(HubTrainer):
     """Distils teachers into a student, by a plan.
 
     Each model's body runs without its head; the heads meet in `fused_linear_kd`, inside the call of the student's head, so that DDP,
@@ -105,7 +153,16 @@ class KDTrainer(Trainer):
     Evaluation adds, per counted token at temperature 1: ``kl`` (forward KL to the teacher), ``ce``, ``perplexity``, ``agreement`` (share of
     tokens where both models' most probable token is the same); ``loss`` is the training objective, without a router's auxiliary
     loss. Teacher and objective are those with which the plan ends, whatever the stage, so that figures can be compared over the run.
-    Every logging step and evaluation is also a row of ``output_dir/metrics.jsonl``; there ``tokens`` are those counted since the run began.
+    Every logging step and evaluation is also a row of ``output_dir/metrics.jsonl``; there ``tokens`` are those counted since the run began,
+    and of what went through the student since the row before, on all processes: ``useful_tokens`` the share that is no padding (a row
+    that only fills a step up is padding too), ``tokens_per_second`` such tokens per second, evaluating and saving not included.
+    ``memory_gb`` is the peak since the row before of the accelerator's memory that torch had allocated, the most of any process; on the CPU
+    the peak of what the process had resident so far (1 GB is 1e9 bytes).
+
+    With ``padding_free`` each micro-batch goes through the models as one row ``[1, T]`` that holds its rows one after the other, T from
+    step to step another, and positions tell them apart: flash and flex attention compute no padding and no attention between rows,
+    others mask it. Where a model ignores positions, as is found out before training, batches stay padded, with a warning. Data sets that
+    were not given here are evaluated padded. A store is the same either way: its canonical batches are padded.
 
     Raises:
         NonFiniteLossError: in `train`, with the ids of the samples.
@@ -151,7 +208,8 @@ class KDTrainer(Trainer):
                 check_apart(student, source.model)
         self.plan = filled_plan(plan, args, list(sources))
         sharded = bool(args.deepspeed or args.fsdp) or any(map(parse_flag_from_env, ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")))
-        self.teachers = Teachers(sources, device=args.device, tokenizer=processing_class)
+        liger = args.liger_kernel_config if args.use_liger_kernel else None
+        self.teachers = Teachers(sources, device=args.device, tokenizer=processing_class, liger=liger)
         first = teacher_of(self.plan.stages[0])
         resumable = any(Path(str(args.output_dir)).glob("checkpoint-*"))  # in a later stage, perhaps
         if first is not None and args.store is None and not resumable:
@@ -178,11 +236,17 @@ class KDTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.card_facts = CardFacts(
+            student=os.fspath(model) if isinstance(model, str | os.PathLike) else None,
+            teachers={name: os.fspath(s.model) for name, s in sources.items() if isinstance(s.model, str | os.PathLike)},
+        )
         self.model_accepts_loss_kwargs = True  # so that the global number of counted tokens reaches compute_loss
         if self.is_deepspeed_enabled and any(stage.reset_optimizer for stage in self.plan.stages):
             raise ValueError("plan: reset_optimizer is not supported under DeepSpeed, which keeps the optimizer's state to itself")
         for data in self._datasets().values():
             check_fits(data, "the student", student)
+        if liger is not None:  # not by the Trainer when training begins: unchecked, and too late for an evaluation before
+            apply_liger(student, liger, "the student")
         if not sharded:
             check_head("model", student)
         if train_dataset is None:  # evaluation alone
@@ -198,17 +262,21 @@ class KDTrainer(Trainer):
         for name in sources:
             for data in self._datasets().values():
                 check_fits(data, f"the teacher {name!r}", self.teachers.outline(name))
-        self._suit_packed_rows()
+        check_loss_buffer(args, student, [self.teachers.outline(name) for name in sources])
+        if args.activation_offloading and args.device.type == "cpu":
+            logger.warning("activation_offloading: has no effect, the student's activations are in CPU memory already")
         used = [teacher for stage in self.plan.stages if (teacher := teacher_of(stage)) is not None]
         for name in sources:
             if name not in used:
                 logger.warning("the plan does not use the teacher %r", name)
         self.eval_teacher = next(reversed(used or list(sources)), None)
         self._objective = self.schedule.ending
+        self._suit_packed_rows()
+        self._joins = args.padding_free and self._can_join()
         if args.store is not None:
             self._open_stores(StoreSpec(**args.store))
         self._metrics = MetricsFile(self._folder)
-        self._sums = _Sums()
+        self._sums, self._watch = _Sums(), _Watch()
         self.add_callback(StageCallback(self.schedule, self._enter))
         self._enter(0)
 
@@ -224,18 +292,28 @@ class KDTrainer(Trainer):
         batch = dict(inputs)
         labels, index = batch.pop("shift_labels"), batch.pop("sample_index", None)
         batch.pop("labels", None)
+        layout = Layout(labels.shape, batch.pop("kept", None))
+        computed = labels.numel() if layout.kept is None else layout.kept.numel()
+        useful = batch.pop("useful", computed)  # a plain number: nothing is read from the device
+        if model.training:
+            self._watch.start()
+            self._watch.tokens += useful
+            self._sums.useful += useful
+            self._sums.computed += computed
         point = self.schedule.at(self.state.global_step)
         signal = None
         if point.kd_ratio > 0:
             assert point.teacher is not None  # `Plan.filled` has seen to it
-            signal = self.teachers.signal(point.teacher, batch, labels, index, split="train")
+            signal = self.teachers.signal(point.teacher, batch, labels, index, split="train", kept=layout.kept)
+        labels = layout.join(labels)
 
         # Figures are kept beside what the student's call returns, which wrappers may round.
         kept: list[tuple[Tensor, LossParts]] = []
         extra: list[Tensor] = []
 
         def at_head(hidden, head):
-            loss, parts = self._fused(point, hidden, head, signal, labels, num_items_in_batch)
+            with staying() if self.args.activation_offloading else contextlib.nullcontext():
+                loss, parts = self._fused(point, hidden, head, signal, labels, num_items_in_batch)
             kept.append((loss.detach(), parts))
             return loss
 
@@ -255,7 +333,7 @@ class KDTrainer(Trainer):
         ((exact, parts),) = kept
         total = parts.tokens if num_items_in_batch is None else num_items_in_batch
         if model.training:
-            self._account(sum(extra, exact) * total, parts, point, index)
+            self._account(sum(extra, exact) * total, parts, point, index, layout)
         if self.args.world_size > 1 and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes, the normaliser already counts them all
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -263,7 +341,11 @@ class KDTrainer(Trainer):
     def _fused(
         self, point: Point, hidden: Tensor, head: Head, signal: Signal | None, labels: Tensor, normalizer
     ) -> tuple[Tensor, LossParts]:
-        args = self.args
+        args, chunk_tokens = self.args, self.args.chunk_tokens
+        if args.max_loss_buffer_mb is not None:
+            shared = min(len(head.weight), len(signal.weight)) if isinstance(signal, TeacherHidden) else 0
+            most = args.max_loss_buffer_mb * 2**20
+            chunk_tokens = ops.chunk_tokens_within(most, len(head.weight), shared, logits_dtype(args, hidden.dtype))
         return fused_linear_kd(
             hidden,
             head.weight,
@@ -277,7 +359,7 @@ class KDTrainer(Trainer):
             student_bias=head.bias,
             student_softcap=head.softcap,
             student_scale=head.scale,
-            chunk_tokens=args.chunk_tokens,
+            chunk_tokens=chunk_tokens,
             logits_dtype=None if args.logits_dtype is None else getattr(torch, args.logits_dtype),
             return_parts=True,
         )
@@ -285,22 +367,23 @@ class KDTrainer(Trainer):
     def _in_student(self, model: nn.Module, forward: Callable, batch: Mapping[str, Tensor]) -> Any:
         """Call the wrapped student with ``forward(student, batch)`` in place of its own forward."""
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with redirected(student, lambda **inputs: forward(student, inputs)), self.accelerator.autocast():
+        offloaded = Offloaded(student) if self.args.activation_offloading and torch.is_grad_enabled() else contextlib.nullcontext()
+        with redirected(student, lambda **inputs: forward(student, inputs)), self.accelerator.autocast(), offloaded:
             return model(**batch)
 
-    def _account(self, loss_sum: Tensor, parts: LossParts, point: Point, index: Tensor | None) -> None:
+    def _account(self, loss_sum: Tensor, parts: LossParts, point: Point, index: Tensor | None, layout: Layout) -> None:
         kd, ce = parts.kd_per_token.double().sum(), parts.ce_per_token.double().sum()
         loss, kd, ce, tokens = torch.stack([loss_sum.double(), kd, ce, parts.tokens.double()]).tolist()
         if not math.isfinite(loss):
-            self._stop(parts, point, index)
+            self._stop(parts, point, index, layout)
         self._sums.loss += loss
         self._sums.kd += kd
         self._sums.ce += ce
         self._sums.tokens += int(tokens)
 
-    def _stop(self, parts: LossParts, point: Point, index: Tensor | None) -> None:
+    def _stop(self, parts: LossParts, point: Point, index: Tensor | None, layout: Layout) -> None:
         shares = ((point.kd_ratio, parts.kd_per_token), (1 - point.kd_ratio, parts.ce_per_token))
-        broken = torch.stack([~values.isfinite() for share, values in shares if share > 0]).any(0).any(-1)
+        broken = layout.spread(torch.stack([~values.isfinite() for share, values in shares if share > 0]).any(0)).any(-1)
         if not broken.any():  # the auxiliary loss, or a sum that overflowed
             broken = torch.ones_like(broken)
         if index is None:
@@ -320,9 +403,12 @@ class KDTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in `Trainer`; takes rows that are not tokenised too, and never drops the last ones."""
+        ours = True
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._prepared(eval_dataset, "eval")
-        with _replaced(self.args, dataloader_drop_last=False):
+            ours = self._is_ours(eval_dataset)
+        collate = functools.partial(_laid_out, self.data_collator, self._joins and ours)
+        with _replaced(self.args, dataloader_drop_last=False), _replaced(self, data_collator=collate):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
@@ -331,13 +417,17 @@ class KDTrainer(Trainer):
             return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _prepared(self, dataset: Any, name: str) -> Dataset:
-        if any(dataset is own for own in self._datasets().values()):
+        if self._is_ours(dataset):
             return dataset
         tokenizer: Any = self.processing_class
         dataset = tokenized(dataset, tokenizer, self.args, name)
         check_fits(dataset, "the student", self.model)
         return dataset
 
+    def _is_ours(self, dataset: Any) -> bool:
+        return any(dataset is own for own in self._datasets().values())
+
+    @_not_timed
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -390,9 +480,10 @@ class KDTrainer(Trainer):
         labels = batch.pop("shift_labels")
         batch.pop("labels", None)
         index, point = batch.pop("sample_index", None), self._objective
+        layout = Layout(labels.shape, batch.pop("kept", None))
         signal = None
         if self.eval_teacher is not None:
-            signal = self.teachers.signal(self.eval_teacher, batch, labels, index, split=split)
+            signal = self.teachers.signal(self.eval_teacher, batch, labels, index, split=split, kept=layout.kept)
 
         # A store of probabilities has one temperature, and no other stage distils at another.
         temperature = signal.temperature if isinstance(signal, TeacherTopK) else point.temperature
@@ -400,10 +491,11 @@ class KDTrainer(Trainer):
         found: dict[str, Tensor] = {}  # beside what the student's call returns, which wrappers may round
 
         def at_head(hidden, head):
-            found.update(token_metrics(hidden, head, signal, labels, self.args.divergence, point.parameters, temperature))
+            found.update(token_metrics(hidden, head, signal, layout.join(labels), self.args.divergence, point.parameters, temperature))
             return found["ce"]
 
         self._in_student(model, lambda student, batch: run_at_head(student, at_head, **batch)[0], batch)
+        found = {name: layout.spread(values, IGNORE if name == "top1" else 0) for name, values in found.items()}
         factor = point.temperature**2 if self.args.temperature_squared else 1.0
         loss = torch.zeros_like(found["ce"])
         for share, term in ((point.kd_ratio * factor, found["kd"]), (1 - point.kd_ratio, found["ce"])):
@@ -418,9 +510,10 @@ class KDTrainer(Trainer):
         row: dict[str, Any] = {"step": self.state.global_step}
         if "loss" in logs:
             point = self.schedule.at(self.state.global_step - 1)
-            terms = {**self._close_window(), "temperature": point.temperature, "kd_ratio": point.kd_ratio}
-            logs.update({name: value for name, value in terms.items() if not math.isnan(value)})
-            row |= {"stage": point.stage, "teacher": point.teacher, **terms, **point.parameters}
+            terms = {**self._close_window(), "temperature": point.temperature, "kd_ratio": point.kd_ratio, **point.parameters}
+            # What `report_to` names takes numbers; the teacher's name follows from the stage.
+            logs.update({name: value for name, value in {"stage": point.stage, **terms}.items() if not math.isnan(value)})
+            row |= {"stage": point.stage, "teacher": point.teacher, **terms}
         super().log(logs, *args, **kwargs)
         if "train_runtime" in logs:
             # The Trainer's summary of this process's share of the run: of a resumed run, its mean loss is not the run's.
@@ -433,11 +526,15 @@ class KDTrainer(Trainer):
 
     def _close_window(self) -> dict[str, float]:
         """Means over the counted tokens since the last logging step, all processes together; starts a new window."""
-        sums = self._sums
-        loss, kd, ce, tokens = sums.loss, sums.kd, sums.ce, sums.tokens
+        sums, watch = self._sums, self._watch
+        window = [sums.loss, sums.kd, sums.ce, sums.tokens, sums.useful, sums.computed, watch.tokens]
+        memory = _peak_gb(self.args.device)
         if self.args.world_size > 1:
-            mine = torch.tensor([loss, kd, ce, tokens], dtype=torch.float64, device=self.args.device)
-            loss, kd, ce, tokens = self.accelerator.reduce(mine, "sum").tolist()
+            window = self.accelerator.reduce(torch.tensor(window, dtype=torch.float64, device=self.args.device), "sum").tolist()
+            memory = self.accelerator.gather(torch.tensor([memory], device=self.args.device)).max().item()
+        loss, kd, ce, tokens, useful, computed, timed = window
+        seconds = watch.seconds
+        watch.reset(running=True)
         self._sums = _Sums(tokens_before=sums.tokens_before + int(tokens))
         count = max(tokens, 1)
         return {
@@ -445,6 +542,9 @@ class KDTrainer(Trainer):
             "kd": kd / count,
             "ce": ce / count,
             "tokens": self._sums.tokens_before,
+            "useful_tokens": useful / computed if computed else math.nan,
+            "tokens_per_second": timed / seconds if seconds else math.nan,
+            "memory_gb": memory,
         }
 
     # What the plan says.
@@ -453,7 +553,8 @@ class KDTrainer(Trainer):
         """The micro-batches that the plan gives to this process."""
         if self.train_dataset is None:
             raise ValueError("train_dataset: training needs rows, got None")
-        return plan_loader(self.schedule, self.train_dataset, self.data_collator, self.args)
+        collate = functools.partial(_counted, self.data_collator, self._joins)
+        return plan_loader(self.schedule, self.train_dataset, collate, self.args)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """``lr_scheduler_type``, begun anew where the plan says so."""
@@ -487,13 +588,7 @@ class KDTrainer(Trainer):
                 " packing=False, or packed rows without position_ids, whose tokens see the documents before theirs"
             )
         data = next(iter(packed.values()))
-        # For FSDP transformers may have loaded the student on process 0 alone.
-        apart = self._keeps_apart(student, data, alone=self.is_fsdp_enabled and not is_sharded(student))
-        for name in self.teachers.names:
-            if apart:
-                apart = self._keeps_apart(self.teachers.model(name), data)
-                self.teachers.stage([])  # one at a time
-        if apart:
+        if self._all([student, *self.teachers.names], lambda model: "position_ids" in suited_to(data, model).column_names):
             return
         packed = {split: data.remove_columns("position_ids") for split, data in packed.items()}
         self.train_dataset = packed.get("train", self.train_dataset)
@@ -502,11 +597,42 @@ class KDTrainer(Trainer):
         else:
             self.eval_dataset = packed.get("eval", self.eval_dataset)
 
-    def _keeps_apart(self, model: nn.Module, packed: Dataset, alone: bool = False) -> bool:
-        """Process 0's answer, on all processes; ``alone``: only process 0 asks."""
-        asks = self.accelerator.is_main_process or not alone
-        answer = [asks and "position_ids" in suited_to(packed, model).column_names]
-        return broadcast_object_list(answer)[0]
+    def _can_join(self) -> bool:
+        """Whether all models that are given joined rows keep them apart; each is asked once, which loads it."""
+        if any("position_ids" in data.column_names for data in self._datasets().values()):
+            raise ValueError("padding_free: the data has a column position_ids, its rows are packed already; expected padding_free=False")
+        student = self.accelerator.unwrap_model(self.model)
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+
+        def apart(model: nn.Module) -> bool:
+            if is_partitioned(model):
+                why = f"whether {type(model).__name__} keeps rows apart by their positions cannot be found out under DeepSpeed ZeRO-3"
+            elif keeps_documents_apart(model, one_row=True, autocast=mixed if model is student else None):
+                return True
+            else:
+                why = f"{type(model).__name__} cannot keep rows apart by their positions"
+            warnings.warn(f"padding_free: {why}: batches stay padded", stacklevel=2)
+            return False
+
+        used = {*map(teacher_of, self.plan.stages), self.eval_teacher} - {None}
+        # Those of a store run in its canonical batches.
+        return self._all([student, *(name for name in self.teachers.names if name in used and self.args.store is None)], apart)
+
+    def _all(self, models: list[nn.Module | str], holds: Callable[[nn.Module], bool]) -> bool:
+        """Whether something holds for all of these models, by process 0's answers; teachers, given by name, are there one at a time."""
+        for model in models:
+            if isinstance(model, str):
+                found, asks = self.teachers.model(model), True
+            else:
+                # For FSDP transformers may have loaded the student on process 0 alone.
+                found, asks = model, self.accelerator.is_main_process or not self.is_fsdp_enabled or is_sharded(model)
+            answer = broadcast_object_list([asks and holds(found)])[0]
+            if isinstance(model, str) and len(self.teachers.names) > 1:
+                del found
+                self.teachers.stage([])
+            if not answer:
+                return False
+        return True
 
     def _open_stores(self, spec: StoreSpec) -> None:
         args, student = self.args, self.accelerator.unwrap_model(self.model)
@@ -534,6 +660,24 @@ class KDTrainer(Trainer):
         named = {"train": self.train_dataset, **{"-".join(filter(None, ("eval", name))): data for name, data in held_out.items()}}
         return {name: data for name, data in named.items() if data is not None}
 
+    def save_merged(self, output_dir: str | os.PathLike) -> None:
+        """Save the student with its adapter merged into its weights (`fastkd.adapters.merged`), and its tokenizer.
+
+        `AutoModelForCausalLM.from_pretrained` loads it without PEFT. The adapter alone goes into the folder ``adapter`` in it;
+        `save_model` saves nothing else. To be called on all processes.
+
+        Raises:
+            TypeError: the student has no adapter. ValueError: it is sharded, by FSDP or DeepSpeed ZeRO-3.
+        """
+        student: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save:
+            whole, folder = merged(student), Path(output_dir)
+            student.save_pretrained(folder / "adapter")
+            whole.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
     # Checkpoints: written under a temporary name, verified, then renamed.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -560,13 +704,11 @@ class KDTrainer(Trainer):
         self._sums, step = _Sums(), 0
         self._facts = self._run_facts()
         if found is not None:
-            state = found / f"{self.args.process_index}-{_STATE}"
-            if not state.exists():
-                raise ValueError(
-                    f"resume_from_checkpoint: {found} has no {state.name}: it was saved with save_only_model, or by fewer processes"
-                )
-            kept = json.loads(state.read_text())
-            before, now = dict(kept["run"]), dict(self._facts)
+            states = sorted(found.glob(f"*-{_STATE}"), key=lambda path: int(path.name.split("-")[0]))
+            kept = [json.loads(state.read_text()) for state in states]  # of each process that there was
+            if not kept:
+                raise ValueError(f"resume_from_checkpoint: {found} has no 0-{_STATE}: it was saved with save_only_model")
+            before, now = dict(kept[0]["run"]), dict(self._facts)
             # Whether and on what a run is evaluated may change, but what has one name is to be one data set.
             both = before.get("eval", {}).keys() & now["eval"].keys()
             for facts in (before, now):
@@ -574,14 +716,18 @@ class KDTrainer(Trainer):
             changed = difference(before, now)
             if changed:
                 raise ValueError(f"resume_from_checkpoint: {found} is of another run: {changed}")
-            self._sums = _Sums(**kept["sums"])
+            # There may have been more processes than now, or fewer: each takes its share of their sums.
+            mine = [each["sums"] for each in kept[self.args.process_index :: self.args.world_size]]
+            shared = {name: value for name, value in kept[0]["sums"].items() if name.endswith("_before")}
+            self._sums = _Sums(**{name: sum(sums.get(name, 0) for sums in mine) for name in asdict(_Sums())} | shared)
             step = json.loads((found / "trainer_state.json").read_text())["global_step"]
+        self._watch.reset(running=False)
         self._first_step = step
         if self.args.should_save:
             shutil.rmtree(self._folder / _INCOMPLETE, ignore_errors=True)  # of a crash; a run resumed at its end saves no more
         if self.is_world_process_zero():
             self._metrics.start(step, resumed=found is not None)
-        with _replaced(self.args, max_steps=self.schedule.total_steps, num_train_epochs=1):
+        with _replaced(self.args, max_steps=self.schedule.total_steps, num_train_epochs=1, use_liger_kernel=False):
             return super().train(None if found is None else str(found), *args, **kwargs)
 
     def _run_facts(self) -> dict[str, Any]:
@@ -597,6 +743,9 @@ class KDTrainer(Trainer):
         options = {name: getattr(self.args, name) for name in _OBJECTIVE}
         store = None if self.args.store is None else asdict(replace(StoreSpec(**self.args.store), path="", max_gb=None))
         facts = {**self.schedule.facts(), "training": options, "store": store, "student": config, "teachers": identities, "eval": held_out}
+        facts["student"]["attn_implementation"] = student.config.get_text_config()._attn_implementation
+        if is_adapted(student):
+            facts["adapter"] = adapter_facts(student)
         return json.loads(json.dumps(facts, default=str))
 
     def _run_epoch(self, *args, **kwargs):
@@ -612,6 +761,7 @@ class KDTrainer(Trainer):
     _staging = ""
     _first_step = 0
 
+    @_not_timed
     def _save_checkpoint(self, model, trial) -> None:
         run = Path(self._get_output_dir(trial))
         name, keep = f"checkpoint-{self.state.global_step}", self.args.save_total_limit
@@ -622,7 +772,10 @@ class KDTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             # Nothing old goes, and nothing is pushed, before the new one stands.
-            with _replaced(self, _staging=staging.parent.name), _replaced(self.args, save_total_limit=None, push_to_hub=False):
+            with (
+                _replaced(self, _staging=staging.parent.name),
+                _replaced(self.args, save_total_limit=None, push_to_hub=False, hub_token=None),  # no token in what is pickled
+            ):
                 super()._save_checkpoint(model, trial)
             if not self.args.save_only_model:
                 state = {"sums": asdict(self._sums), "run": self._facts}
@@ -657,6 +810,34 @@ def _with_shift_labels(collator: Callable, rows: list) -> dict[str, Tensor]:
     for name in ("labels", "shift_labels"):  # a collator may make labels of its own
         batch[name][dummies] = -100
     return batch
+
+
+def _laid_out(collate: Callable, join: bool, rows: list) -> dict[str, Any]:
+    batch = collate(rows)
+    return joined(batch) if join else batch
+
+
+def _counted(collate: Callable, join: bool, rows: list) -> dict[str, Any]:
+    """A batch for training, with ``useful``: how many of its positions are no padding."""
+    useful = sum(len(row["input_ids"]) for row in rows if row.get("sample_index") != DUMMY)
+    return {**_laid_out(collate, join, rows), "useful": useful}
+
+
+def _peak_gb(device: torch.device) -> float:
+    """GB: of an accelerator the peak allocated since the last call; of the CPU the process' resident peak; nan where none is told."""
+    if device.type == "cpu":
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.nan
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    backend = torch.get_device_module(device)
+    if not hasattr(backend, "reset_peak_memory_stats"):
+        return math.nan
+    peak = backend.max_memory_allocated(device)
+    backend.reset_peak_memory_stats(device)
+    return peak / 1e9
 
 
 @contextlib.contextmanager

@@ -60,21 +60,39 @@ _Loader.add_implicit_resolver(
 )  # fmt: skip
 
 
+# What to do about it, by words of PyYAML's messages.
+_REMEDIES = {
+    "'\\t'": "indent with spaces",
+    "there twice": "remove one of the two",
+    "mapping values are not allowed": "quote a value that holds a colon",
+    "undefined alias": "quote a value that begins with *",
+    "for the tag": "write a plain value; quote one that begins with !",
+    "another document": "expected one document; remove the line ---",
+    "end of stream": "close the quote or bracket",
+}
+
+
 def read(file: str) -> dict:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; `fastkd init` writes a configuration to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {_one_line(error)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: cannot be read: it is a folder; expected a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: cannot be read: {_one_line(error)}; save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {_one_line(error)}; expected a YAML file") from None
     try:
         raw = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{file}: {line}not valid YAML: {error.problem or error.context}") from None
+        problem = f"{error.problem or error.context}"
+        remedy = next((f"; {remedy}" for words, remedy in _REMEDIES.items() if words in problem), "")
+        raise ConfigError(f"{file}: {line}not valid YAML: {problem}{remedy}") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError comes from dates such as 2024-13-45
-        raise ConfigError(f"{file}: not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{file}: not valid YAML: {_one_line(error)}; quote what looks like a date and is none") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: expected keys and values such as `student: NAME`, got {describe(raw)}")
     return raw

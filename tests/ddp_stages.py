@@ -7,7 +7,9 @@ import torch
 
 from .test_stages import two_teachers_run
 
-run = two_teachers_run(Path(sys.argv[1]) / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2, ddp_backend="gloo")
+run = two_teachers_run(
+    Path(sys.argv[1]) / "two", per_device_train_batch_size=1, gradient_accumulation_steps=2, padding_free=True, ddp_backend="gloo"
+)
 run.train()
 found = run.evaluate()
 if run.is_world_process_zero():

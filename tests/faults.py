@@ -95,7 +95,7 @@ def _lasting(folder: Path) -> list[Path]:
 def timeless(folder: Path) -> list[dict[str, Any]]:
     """The metrics without what a clock gave, and without the last row of a training, which sums up one process."""
     kept = [row for row in report.read_metrics(folder) if "train_runtime" not in row]
-    return [{name: value for name, value in row.items() if "runtime" not in name and "per_second" not in name} for row in kept]
+    return [{name: value for name, value in row.items() if not any(part in name for part in report.VOLATILE)} for row in kept]
 
 
 # In the forked process.

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from fastkd import checkpoints
-from fastkd.report import read_metrics
+from fastkd.report import VOLATILE, read_metrics
 
 from .test_trainer import trainer
 from .tiny import rows, tiny_llama
@@ -101,7 +101,8 @@ def run(folder, crash_at: int | None = None, **changes):
 
 
 def training_rows(folder):
-    return [{k: v for k, v in row.items() if "runtime" not in k} for row in read_metrics(folder) if "loss" in row]
+    rows = [row for row in read_metrics(folder) if "loss" in row]
+    return [{k: v for k, v in row.items() if not any(part in k for part in VOLATILE)} for row in rows]
 
 
 @pytest.mark.parametrize("order", ["random", "group_by_length", "sequential"])

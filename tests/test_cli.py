@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastkd.cli import main
 from fastkd.config import load_config
-from fastkd.report import read_metrics
+from fastkd.report import VOLATILE, read_metrics
 
 from .tiny import rows, tiny_llama, tiny_tokenizer
 
@@ -59,7 +59,7 @@ def fails(capsys, *words: str) -> str:
 def timeless(folder: str) -> list[dict]:
     """The metrics, without what a clock gave and without the last row of a training, which sums up one process."""
     rows = [row for row in read_metrics(folder) if "train_runtime" not in row]
-    return [{name: value for name, value in row.items() if "runtime" not in name and "per_second" not in name} for row in rows]
+    return [{name: value for name, value in row.items() if not any(part in name for part in VOLATILE)} for row in rows]
 
 
 def test_distill_from_configuration_to_student(place, capsys):
@@ -83,7 +83,7 @@ def test_distill_from_configuration_to_student(place, capsys):
     assert plan["stages"][0]["steps"] == 6
     assert plan["config"]["loss"]["parameters"] == {"beta": 0.3}
     report = Path("out/report.html").read_text()
-    assert report.count("<svg") == 1
+    assert report.count("<svg") >= 6
     assert "KL to the teacher" in report
     assert not any(word in report for word in ("<script", "src=", 'href="http'))  # opens offline
 
@@ -209,7 +209,7 @@ def test_the_report_of_a_run_without_a_teacher(place):
     assert main(["distill", "run.yaml", *options]) == 0
     report = Path("out/report.html").read_text()
     assert "No evaluation rows" not in report
-    assert "eval_perplexity" in report
+    assert "perplexity" in report
 
 
 def test_a_scorer_with_another_tokenizer_is_refused(place, capsys):
@@ -273,26 +273,26 @@ def test_init_writes_a_configuration_that_loads(tmp_path, monkeypatch, capsys):
         (["distill", "run.yaml", "lss.temperature=2"], "run.yaml: lss: unknown key; did you mean 'loss'?"),
         (["distill", "run.yaml", "loss.temperature=0"], "run.yaml: loss.temperature"),
         (["distill", "run.yaml", "data.train=nowhere.jsonl"], "run.yaml: data.train: nowhere.jsonl"),
-        (["distill", "run.yaml", "data.columns={prompt: question}"], "run.yaml: data.train"),
+        (["distill", "run.yaml", "data.columns={prompt: question}"], "run.yaml: data.columns"),
         (["distill", "run.yaml", "teacher=./nowhere", "student=teacher"], "run.yaml: teacher: no model at './nowhere'"),
-        (["distill", "run.yaml", "student.layers=[0, 9]"], "run.yaml: student: layers has 9"),
+        (["distill", "run.yaml", "student.layers=[0, 9]"], "run.yaml: student.layers: layers has 9"),
         (["distill", "run.yaml", "student=teachr"], "run.yaml: student: no model 'teachr': no such folder here"),
         (["distill", "run.yaml", "data.columns={question: prompt}"], "run.yaml: data.columns: expected {our name: the file's name}"),
         (["distill", "run.yaml", "data.eval=null", "training.eval_strategy=epoch"], "run.yaml: training.eval_strategy"),
         (["distill", "run.yaml", "plan=pocl", "loss.temperature=null"], "run.yaml: loss.kd_ratio: the plan says it for every stage"),
         (["distill", "run.yaml", "training.lr_scheduler_type=zigzag"], "run.yaml: training.lr_scheduler_type"),
-        (["distill", "run.yaml", "training.report_to=tensorboard"], "run.yaml: training: RuntimeError: TensorBoard"),
+        (["distill", "run.yaml", "training.report_to=tensorboard"], "run.yaml: training.report_to: tensorboard: TensorBoard"),
         (["distill", "run.yaml", "training.resume_from_checkpoint=out"], "run.yaml: training.resume_from_checkpoint: has no effect"),
-        (["distill", "run.yaml", "training.gradient_accumulation_steps=0"], "run.yaml: training: gradient_accumulation_steps"),
+        (["distill", "run.yaml", "training.gradient_accumulation_steps=0"], "training.gradient_accumulation_steps: expected a number"),
         (["distill", "run.yaml", "output_dir=teacher"], "is where 'student' is read from"),
         (["distill", "run.yaml", "teacher=broken", "student=teacher"], "run.yaml: teacher: "),
         (["cache", "run.yaml"], "run.yaml: store: missing"),
         (["plan", "run.yaml", "plan={stages: [{steps: 0}]}"], "run.yaml: plan.stages[0].steps: expected a whole number > 0"),
         (
             ["score", "run.yaml", "plan={preset: pocl, buckets: 20}", "loss={}"],
-            "run.yaml: plan: stages[0]: has 0 samples: the bucket is empty",
+            "run.yaml: plan.stages[0]: has 0 samples: the bucket is empty",
         ),
-        (["score", "run.yaml", "difficulty={column: level}"], "run.yaml: difficulty: "),
+        (["score", "run.yaml", "difficulty={column: level}"], "run.yaml: difficulty.column: no column"),
         (["score", "run.yaml", "--resume"], "unrecognized arguments: --resume"),
         (
             ["distill", "run.yaml", "store={kind: topk}", "plan={stages: [{steps: 2, temperature: {from: 1, to: 2}}]}", "loss={}"],

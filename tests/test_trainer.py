@@ -395,7 +395,7 @@ def test_a_collator_of_ones_own(tmp_path):
         (lambda f: config(f, logging_nan_inf_filter=True), "logging_nan_inf_filter"),
         (lambda f: config(f, label_smoothing_factor=0.1), "label_smoothing_factor"),
         (lambda f: config(f, torch_compile=True), "torch_compile"),
-        (lambda f: config(f, use_liger_kernel=True), "use_liger_kernel"),
+        (lambda f: config(f, max_loss_buffer_mb=0), "max_loss_buffer_mb"),
         (lambda f: config(f, gradient_accumulation_steps=0), "gradient_accumulation_steps"),
         (lambda f: config(f, per_device_train_batch_size=0), "per_device_train_batch_size"),
         (lambda f: trainer(f, teacher="no/such"), "no model 'no/such': no such folder here"),

@@ -1,0 +1,1 @@
+"""Wrong configurations, files and flags: a table (`table.py`) and its test."""
