@@ -121,8 +121,9 @@ def _in_a_process(folder: Path, what: str, overrides: list[str]) -> dict[str, An
 
 
 def _one(what: str, *overrides: str) -> dict[str, Any]:
+    from fastkd.begin import begin
     from fastkd.config import load_config
-    from fastkd.run import begin, distill, fill_stores
+    from fastkd.run import distill, fill_stores
 
     config = load_config("run.yaml", overrides)
     if what == "fill":

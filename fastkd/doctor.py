@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .begin import Run, begin, described, load_spec, options_of, place_of, teacher_sources
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import IGNORE, KDCollator, load_rows, tokenize
 from .evaluation import token_metrics
@@ -45,7 +46,7 @@ from .parity import loss_parity
 from .plan import Schedule, knob_ends
 from .preflight import check_before_loading
 from .preparation import check_fits, check_head, check_signal, check_temperatures, pad_id, position_limit
-from .run import Run, begin, check_folder, described, load_spec, options_of, place_of, teacher_sources
+from .run import check_folder
 from .store import Store, StoreSpec, folder_name
 from .teachers import Teachers
 

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from . import evaluation, gemm, ops
+from . import chunking, evaluation, gemm
 from .adapters import adapted, lora_config
 from .config import ModelSpec
 from .functional import fused_linear_kd
@@ -42,7 +42,7 @@ from .signals import TeacherHidden, TeacherTopK
 from .store import folder_name
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .begin import Run
 
 __all__ = ["MemoryEstimate", "Phase", "Proposal", "Setting", "predict", "proposals", "setting_of"]
 
@@ -732,8 +732,8 @@ def _loss_buffers(device: str, counted: int, chunk: int, most: float | None, log
         vocabulary = weight.shape[0]
         shared = 0 if teacher is None or ids is not None else min(vocabulary, teacher_weight.shape[0])
         logits_dtype = torch.promote_types(student.dtype, torch.float32) if logits is None else getattr(torch, logits)
-        tokens = chunk if most is None else ops.chunk_tokens_within(most * 2**20, vocabulary, shared, logits_dtype)
-        size = ops.buffer_bytes(counted, vocabulary, shared, student.dtype, logits_dtype, torch.device(device), tokens)
+        tokens = chunk if most is None else chunking.chunk_tokens_within(most * 2**20, vocabulary, shared, logits_dtype)
+        size = chunking.buffer_bytes(counted, vocabulary, shared, student.dtype, logits_dtype, torch.device(device), tokens)
         if device == "cpu":
             narrow = min(t.dtype.itemsize for t in (student, teacher_weight) if t is not None) < logits_dtype.itemsize
             size += ROW_BLOCKS + (2 * gemm.WIDENED_BYTES if narrow else 0)  # a block of a head in fp32, and its product

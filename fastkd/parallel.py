@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkd_kernels import rows_parallel_torch
 
-from . import functional, gemm, ops
+from . import chunking, functional, gemm, ops
 from .functional import Divergence, Number
 from .signals import TeacherHidden, TeacherInterpolated
 
@@ -238,7 +238,7 @@ def _kd(
 
     rows, targets = call.rows, None if call.targets is None else call.targets - slices.first
     dense = None if call.kd is None else teacher
-    size = ops._chunk_size(n, logits_dtype.itemsize * slices.widest, student.device, chunk_tokens)
+    size = chunking.chunk_size(n, logits_dtype.itemsize * slices.widest, student.device, chunk_tokens)
     chunks = ops._Chunks(student, weight, dense, teacher_weight, weight.shape[0], n, size, logits_dtype)
     shared_bias = None if teacher_bias is None else teacher_bias[: chunks.shared]
     for start in range(0, n, chunks.size):

@@ -7,12 +7,12 @@ from pathlib import Path
 from transformers.integrations import get_reporting_integration_callbacks
 
 from . import difficulty
+from .begin import Run, blamed, options_of, place_of
 from .config import ConfigError, ModelSpec
 from .models import check_layers, check_tokenizers, load_tokenizer, model_files, outline
 from .pacing import teacher_of
 from .plan import Stage, knob_ends
 from .preparation import check_best_metric, check_device, check_fits, check_signal, check_temperatures
-from .run import Run, blamed, options_of, place_of
 from .teachers import loaded_whole
 
 __all__ = ["check_before_loading"]

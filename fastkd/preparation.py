@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from . import ops
+from . import chunking
 from .adapters import adapted, is_adapted
 from .arguments import KDConfig
 from .data import tokenize
@@ -175,10 +175,12 @@ def check_loss_buffer(args: KDConfig, student: Any, teachers: Sequence[Any]) -> 
     vocabulary, *others = (model.config.get_text_config().vocab_size for model in (student, *teachers))
     shared = min(vocabulary, max(others, default=0))
     dtype = logits_dtype(args, next(student.parameters()).dtype)
-    tokens = ops.chunk_tokens_within(args.max_loss_buffer_mb * 2**20, vocabulary, shared, dtype)
-    if tokens < ops.LEAST_TOKENS:
-        enough = args.max_loss_buffer_mb * ops.LEAST_TOKENS / tokens
-        logger.warning("max_loss_buffer_mb: holds %d tokens at a time, which is slow; %.0f would hold %d", tokens, enough, ops.LEAST_TOKENS)
+    tokens = chunking.chunk_tokens_within(args.max_loss_buffer_mb * 2**20, vocabulary, shared, dtype)
+    if tokens < chunking.LEAST_TOKENS:
+        enough = args.max_loss_buffer_mb * chunking.LEAST_TOKENS / tokens
+        logger.warning(
+            "max_loss_buffer_mb: holds %d tokens at a time, which is slow; %.0f would hold %d", tokens, enough, chunking.LEAST_TOKENS
+        )
 
 
 def tokenized(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: KDConfig, name: str, scored: bool = False) -> Dataset:

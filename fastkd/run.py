@@ -10,102 +10,32 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from . import checkpoints, difficulty
-from .adapters import adapted, is_adapted, lora_config
-from .config import ConfigError, DataSpec, LossSpec, ModelSpec, RunConfig
-from .data import load_rows
+from .adapters import is_adapted, lora_config
+from .begin import Run, begin, blamed, described, load_spec, place_of, teacher_sources
+from .config import ConfigError, ModelSpec, RunConfig
 from .files import flat, write_whole
 from .hf import is_sharded
+from .memory import describe
 from .model_card import CardFacts, public_name, versions
-from .models import check_tokenizers, load_model, load_tokenizer, outline, quantized_by
-from .pacing import filled_plan, sample_table, schedule_for
-from .plan import Plan, PlanError, Samples, Schedule, difference
-from .preparation import tokenized
-from .presets import TRAINING
+from .models import check_tokenizers, load_tokenizer
+from .plan import Schedule, difference
+from .preflight import check_before_loading
 from .preview import preview
 from .progress import watch
 from .report import METRICS, PLAN, read_metrics, recorded_warnings, write_report
-from .store import StoreError
-from .teachers import TeacherSource
-from .trainer import KDConfig, KDTrainer
+from .trainer import KDTrainer
 
 __all__ = ["distill", "fill_stores", "score", "show_plan"]
 
-# Where the configuration and the plan's preset are silent; TrainingArguments' own defaults elsewhere.
-TRAINING_DEFAULTS = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """What all commands need of a configuration before any model is loaded."""
-
-    config: RunConfig
-    args: KDConfig
-    plan: Plan
-    tokenizer: PreTrainedTokenizerBase
-    rows: Dataset
-    train: Dataset
-    held_out: Dataset | None
-    unscored: Samples
-
-    def schedule(self, samples: Samples) -> Schedule:
-        return schedule_for(self.plan, samples, self.args)
-
-    @property
-    def scores_path(self) -> Path:
-        return Path(self.config.difficulty.path or Path(self.config.output_dir) / "difficulty.parquet")
-
-
-def begin(config: RunConfig) -> Run:
-    """Read the data and the student's tokenizer, and refuse what does not fit together; no model is loaded and nothing is written."""
-    if config.data.eval is None and config.training.get("eval_strategy", "no") != "no":
-        raise ConfigError(f"{config.path}: training.eval_strategy: there are no rows to evaluate on; name data.eval, or leave it out")
-    with blamed(config, "training"):
-        args = _arguments(config)
-    with blamed(config, "plan"):
-        plan = filled_plan(config.plan, args, list(config.teachers))
-    _check_models(config)
-    with blamed(config, "data.train"):
-        rows = load_rows(config.data.train, columns=config.data.columns)
-    with blamed(config, "data.eval"):
-        eval_rows = None if config.data.eval is None else load_rows(config.data.eval, columns=config.data.columns)
-    with blamed(config, "student"):
-        tokenizer = load_tokenizer(config.student.model, **place_of(config.student))
-    with blamed(config, "data"):
-        train = tokenized(rows, tokenizer, args, "train")
-        held_out = None if eval_rows is None else tokenized(eval_rows, tokenizer, args, "eval")
-    # As if all were of one difficulty: the stages are the same, but for the tokens in each.
-    unscored = dataclasses.replace(sample_table(train), scores=[0.0] * len(train))
-    run = Run(config, args, plan, tokenizer, rows, train, held_out, unscored)
-    with blamed(config, "plan"):
-        run.schedule(unscored)  # what does not fit is refused before anything is scored or loaded
-    return run
-
-
-def _check_models(config: RunConfig) -> None:
-    """Refuse quantisations and an adapter that cannot be had."""
-    named = {"student": config.student, "difficulty.scorer": config.difficulty.scorer}
-    one = list(config.teachers) == ["teacher"]
-    for key, spec in {**named, **{name if one else f"teachers.{name}": spec for name, spec in config.teachers.items()}}.items():
-        if spec is not None and spec.quantization is not None:
-            with blamed(config, f"{key}.quantization"):
-                quantized_by(spec.quantization)
-    if config.student.lora is not None:
-        with blamed(config, "student"):
-            drawn = outline(config.student.model, **options_of(config.student))
-        with blamed(config, "student.lora"):
-            adapted(drawn, lora_config({**config.student.lora, "init_lora_weights": True}))  # others begin by looking at weights
 
 
 def distill(config: RunConfig, *, resume: bool = False) -> Path:
@@ -122,8 +52,6 @@ def distill(config: RunConfig, *, resume: bool = False) -> Path:
 
 
 def _distill(config: RunConfig, resume: bool, warned: list[str]) -> Path:
-    from .preflight import check_before_loading
-
     output = Path(config.output_dir)
     check_folder(output, config, resume)
     run = begin(config)
@@ -191,8 +119,6 @@ def show_plan(config: RunConfig, card_gb: float | None = None) -> str:
     Args:
         card_gb: memory of the GPU to plan for, in units of 2 ** 30 bytes; None: that of the GPU at hand, if any.
     """
-    from .memory import describe
-
     run = begin(config)
     samples, note = run.unscored, ""
     if run.plan.needs_scores:
@@ -212,8 +138,6 @@ def show_plan(config: RunConfig, card_gb: float | None = None) -> str:
 def score(config: RunConfig) -> Path:
     """Score the samples' difficulty as ``config.difficulty`` says; returns the Parquet file's path."""
     run = begin(config)
-    from .preflight import check_before_loading
-
     check_before_loading(run, scores=True, trains=False)
     with blamed(config, "student"):
         student = (
@@ -273,8 +197,6 @@ def fill_stores(config: RunConfig) -> dict[str, int]:
     if config.store is None:
         raise ConfigError(f"{config.path}: store: missing; write store: {{kind: hidden, path: ...}}")
     run = begin(config)
-    from .preflight import check_before_loading
-
     check_before_loading(run, scores=False)
     stages = tuple(dataclasses.replace(stage, buckets=None) for stage in run.plan.stages)
     run.plan = dataclasses.replace(run.plan, fractions=(1.0,), stages=stages, order="sequential")  # no samples are easier than others
@@ -282,16 +204,6 @@ def fill_stores(config: RunConfig) -> dict[str, int]:
         student = load_spec(config.student, "float32", run.args.device)
     teachers = _trainer(run, student).teachers
     return {f"{name}, {split}": teachers.fill(name, split) for name, split in list(teachers.stores)}
-
-
-def teacher_sources(config: RunConfig) -> dict[str, TeacherSource]:
-    """What the trainer's teachers are made from, by key."""
-    return {
-        name: TeacherSource(
-            spec.model, spec.dtype, spec.device, spec.park, {**options_of(spec), **({} if spec.layers is None else {"layers": spec.layers})}
-        )
-        for name, spec in config.teachers.items()
-    }
 
 
 def _trainer(run: Run, student: PreTrainedModel) -> KDTrainer:
@@ -314,46 +226,6 @@ def _say(when: str, trainer: KDTrainer) -> None:
     if "eval_kl" in found:
         teacher = f"KL to the teacher {found['eval_kl']:.3f} nats, same first choice {found['eval_agreement']:.1%}, "
     print(f"{when}, on {found['eval_tokens']} held-out tokens: {teacher}cross-entropy {found['eval_ce']:.3f} nats", flush=True)
-
-
-@contextlib.contextmanager
-def blamed(config: RunConfig, key: str) -> Iterator[None]:
-    """An error inside is the fault of this key of the configuration."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # libraries raise all kinds for files and options that do not suit
-        text = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-        teacher = re.match(r"teacher '([^']+)': ", text)
-        named = re.match(r"([\w.\[\]]+): ", text)
-        if isinstance(error, PlanError):
-            key = f"plan.{named[1]}" if named else "plan"
-        elif isinstance(error, StoreError):
-            key = named[1] if named and named[1].startswith("store.") else "store"
-        elif named and (own := _key_of(named[1])) and key in ("training", own.partition(".")[0]):
-            key = own
-        elif text.startswith("max_length: "):
-            key = "data.max_length"
-        elif text.startswith("input_ids"):
-            key = "data"
-        elif key.startswith("data.") and re.match(r"\S+: columns: ", text):
-            key = "data.columns"
-        elif text.startswith("Specified `attn_implementation="):  # of transformers
-            key = f"{key}.attn_implementation"
-        if named and key.endswith(named[1]):
-            text = text[named.end() :]
-        if teacher:
-            key, text = "teacher" if list(config.teachers) == ["teacher"] else f"teachers.{teacher[1]}", text[teacher.end() :]
-        raise ConfigError(f"{config.path}: {key}: {text}") from error
-
-
-def _key_of(argument: str) -> str | None:
-    """Where the configuration has an argument of `KDConfig`."""
-    for section, spec in (("loss", LossSpec), ("data", DataSpec)):
-        if argument in (f.name for f in dataclasses.fields(spec)):
-            return f"{section}.{argument}"
-    return f"training.{argument}" if argument.partition(".")[0] in (f.name for f in dataclasses.fields(KDConfig)) else None
 
 
 @contextlib.contextmanager
@@ -411,50 +283,6 @@ def _bound(flat: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(flat.items()) if not key.startswith(_FREE)}
 
 
-def _arguments(config: RunConfig) -> KDConfig:
-    loss, data, store = config.loss, config.data, config.store
-    recipe = {} if config.plan is None else dict(TRAINING.get(config.plan.name, {}))
-    if "lr_scheduler_type" in config.training:
-        recipe.pop("lr_scheduler_kwargs", None)  # which are another scheduler's
-    return KDConfig(
-        output_dir=config.output_dir,
-        seed=config.seed,
-        divergence=loss.divergence,
-        divergence_parameters=dict(loss.parameters),
-        temperature=loss.temperature,
-        temperature_squared=loss.temperature_squared,
-        kd_ratio=loss.kd_ratio,
-        chunk_tokens=loss.chunk_tokens,
-        max_loss_buffer_mb=loss.max_loss_buffer_mb,
-        logits_dtype=loss.logits_dtype,
-        max_length=data.max_length,
-        completion_only_loss=data.completion_only_loss,
-        chat_template=data.chat_template,
-        packing=data.packing,
-        padding_free=data.padding_free,
-        store=None if store is None else {**dataclasses.asdict(store), "path": store.path or str(Path(config.output_dir) / "store")},
-        **{**TRAINING_DEFAULTS, **recipe, **config.training},
-    )
-
-
-def load_spec(spec: ModelSpec, default_dtype: str | None, device: torch.device | None = None) -> PreTrainedModel:
-    """The model on the CPU, but a quantised one on ``device``, and what of it is not quantised in the checkpoint's dtype by default."""
-    options = options_of(spec)
-    if spec.quantization is not None:
-        default_dtype, options["device_map"] = None, None if device is None else {"": device}
-    return load_model(spec.model, dtype=spec.dtype or default_dtype, layers=spec.layers, **options)
-
-
-def options_of(spec: ModelSpec) -> dict[str, Any]:
-    """Keywords of `load_model` besides the dtype and the layers."""
-    how = {name: value for name in ("attn_implementation", "quantization") if (value := getattr(spec, name)) is not None}
-    return {**place_of(spec), **how}
-
-
-def place_of(spec: ModelSpec) -> dict[str, Any]:
-    return {name: value for name in ("gguf_file", "revision") if (value := getattr(spec, name)) is not None}
-
-
 class _PlanFile(TrainerCallback):
     """Writes ``plan.json`` when training begins."""
 
@@ -485,10 +313,6 @@ class _Report(TrainerCallback):
         if self.trainer.is_world_process_zero() and (folder / METRICS).exists():
             write_report(folder, folder.absolute().name, _facts(self.config, self.trainer), status=status, warned=self.warned)
         self._next = time.monotonic() + 60
-
-
-def described(spec: ModelSpec) -> str:
-    return Path(spec.model).name + ("" if spec.layers is None else f", {len(spec.layers)} of its layers")
 
 
 def _facts(config: RunConfig, trainer: KDTrainer) -> dict[str, Any]:

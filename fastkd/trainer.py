@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checkpoints, ops
+from . import checkpoints, chunking
 from .adapters import adapter_facts, is_adapted, merged
 from .arguments import KDConfig
 from .data import IGNORE, KDCollator
@@ -345,7 +345,7 @@ class KDTrainer(HubTrainer):
         if args.max_loss_buffer_mb is not None:
             shared = min(len(head.weight), len(signal.weight)) if isinstance(signal, TeacherHidden) else 0
             most = args.max_loss_buffer_mb * 2**20
-            chunk_tokens = ops.chunk_tokens_within(most, len(head.weight), shared, logits_dtype(args, hidden.dtype))
+            chunk_tokens = chunking.chunk_tokens_within(most, len(head.weight), shared, logits_dtype(args, hidden.dtype))
         return fused_linear_kd(
             hidden,
             head.weight,

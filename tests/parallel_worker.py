@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from fastkd import TeacherInterpolated, TeacherLogits, divergence, ops
+from fastkd import TeacherInterpolated, TeacherLogits, chunking, divergence
 from fastkd.parallel import vocab_parallel_linear_kd
 
 from .divergence_cases import ALL, DEFAULTS
@@ -253,7 +253,7 @@ def sharded(rank: int) -> dict[str, Any]:
 
 def by_budget(rank: int) -> tuple[Result, list]:
     """200 tokens, slices of 36 and 1 ids, and a budget for 64 tokens of the larger one."""
-    with mock.patch.dict(ops.CHUNK_BYTES, {"cpu": 64 * 8 * 2 * 36}), traffic() as sent:
+    with mock.patch.dict(chunking.CHUNK_BYTES, {"cpu": 64 * 8 * 2 * 36}), traffic() as sent:
         return parallel(sliced(BY_BUDGET.problem("by budget"), 36, rank)), sent
 
 

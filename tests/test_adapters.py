@@ -467,7 +467,7 @@ class TestCommand:
         assert (logits(student) - wanted).norm() / wanted.norm() < (1e-5 if exact else 0.1)
 
     def test_refused_before_any_model_is_loaded(self, place: Path, capsys, monkeypatch) -> None:
-        monkeypatch.setattr("fastkd.run.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr("fastkd.begin.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
         lora = "student.lora={target_modules: [q_proj, lm_head]}"
         assert "run.yaml: student.lora: target_modules: includes the LM head" in fails(capsys, "distill", "run.yaml", lora)
         assert "student.lora: " in fails(capsys, "distill", "run.yaml", "student.lora={target_modules: [absent]}")

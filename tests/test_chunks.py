@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastkd import TeacherInterpolated, TeacherLogits, fused_linear_kd, kd_loss, ops
+from fastkd import TeacherInterpolated, TeacherLogits, chunking, fused_linear_kd, kd_loss, ops
 from fastkd.reference import reference_linear_kd
 
 from .divergence_cases import DEFAULTS
@@ -17,9 +17,9 @@ from .problems import assert_within_rule, fused, make, oracle, relative_error, s
 def apart(monkeypatch):
     """The buffers of a GPU that multiplies 16-bit operands into fp32: 300 tokens are groups of 120, chunks of 24."""
     monkeypatch.setattr(ops, "_writes_narrow", lambda student, logits_dtype: logits_dtype != student.dtype)
-    monkeypatch.setattr(ops, "TILE_TOKENS", 8)
-    monkeypatch.setattr(ops, "LEAST_CHUNK", 16)
-    monkeypatch.setattr(ops, "MOST_CHUNK", 40)
+    monkeypatch.setattr(chunking, "TILE_TOKENS", 8)
+    monkeypatch.setattr(chunking, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(chunking, "MOST_CHUNK", 40)
 
 
 def problem(*arguments, **options):
@@ -102,9 +102,9 @@ def buffers(tokens, vocabulary, monkeypatch, chunk_tokens=0, logits_dtype=torch.
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
 def test_the_default_keeps_its_budget(tokens, vocabulary, logits_dtype, monkeypatch):
     group, size, used = buffers(tokens, vocabulary, monkeypatch, logits_dtype=logits_dtype)
-    assert used <= ops.CHUNK_BYTES_GPU
-    assert size <= group <= min(tokens, ops.CHUNK_TOKENS)
-    assert size % ops.TILE_TOKENS == 0 or size == tokens
+    assert used <= chunking.CHUNK_BYTES_GPU
+    assert size <= group <= min(tokens, chunking.CHUNK_TOKENS)
+    assert size % chunking.TILE_TOKENS == 0 or size == tokens
 
 
 def test_a_group_is_larger_than_a_chunk_of_as_many_bytes(monkeypatch):

@@ -19,10 +19,11 @@ LOSS = {
     "signals": set(),
     "reference": {"signals"},
     "gemm": set(),
-    "ops": {"signals", "reference", "gemm"},
+    "chunking": set(),
+    "ops": {"signals", "reference", "gemm", "chunking"},
     "functional": {"signals", "reference", "gemm", "ops"},
     "losses": {"signals", "reference", "gemm", "ops", "functional"},
-    "parallel": {"signals", "reference", "gemm", "ops", "functional"},
+    "parallel": {"signals", "reference", "gemm", "chunking", "ops", "functional"},
     "__init__": {"_version", "signals", "functional", "losses"},
 }
 

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.memory import ROW_TEMPORARIES
-from fastkd import levers, ops
+from fastkd import chunking, levers, ops
 from fastkd.config import load_config
 from fastkd.hf import run_body
 from fastkd.preparation import check_loss_buffer
@@ -316,13 +316,13 @@ def test_a_buffer_is_never_larger_than_asked_for(vocabulary, shared, device, log
         most = megabytes * 2**20
         if most < logits_dtype.itemsize * (vocabulary + shared):
             continue
-        chunk = ops.chunk_tokens_within(most, vocabulary, shared, logits_dtype)
+        chunk = chunking.chunk_tokens_within(most, vocabulary, shared, logits_dtype)
         for tokens in (1, 63, chunk, chunk + 1, 3 * chunk + 5, 32768):
             arguments = (tokens, vocabulary, shared, torch.bfloat16, logits_dtype, torch.device(device))
-            assert ops.buffer_bytes(*arguments, chunk) <= most
-        assert ops.buffer_bytes(32768, vocabulary, shared, torch.float32, torch.float32, torch.device("cpu"), chunk + 1) > most * 0.9 or (
-            logits_dtype != torch.float32
-        )
+            assert chunking.buffer_bytes(*arguments, chunk) <= most
+        assert chunking.buffer_bytes(
+            32768, vocabulary, shared, torch.float32, torch.float32, torch.device("cpu"), chunk + 1
+        ) > most * 0.9 or (logits_dtype != torch.float32)
 
 
 PEAK = """
@@ -340,7 +340,7 @@ for vocabulary in (20000, 60000):
     hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(vocabulary, width, requires_grad=True)
     teacher = TeacherHidden(torch.randn(tokens, width), torch.randn(vocabulary, width))
     for megabytes in (32.0, 128.0):
-        chunk = ops.chunk_tokens_within(megabytes * 2**20, vocabulary, vocabulary, torch.float32)
+        chunk = chunking.chunk_tokens_within(megabytes * 2**20, vocabulary, vocabulary, torch.float32)
         run = lambda n, chunk: fused_linear_kd(hidden[:n], weight, TeacherHidden(teacher.hidden[:n], teacher.weight), chunk_tokens=chunk)
         run(8, 8).backward()
         hidden.grad = weight.grad = None
@@ -488,7 +488,7 @@ def test_signals_of_a_teacher_on_the_cpu_come_to_the_student(tmp_path):
 
 
 def test_each_lever_is_one_line(tmp_path, monkeypatch):
-    from fastkd import run
+    from fastkd import begin
 
     text = """
 student: s
@@ -505,6 +505,6 @@ output_dir: out
     (tmp_path / "c.yaml").write_text(text)
     monkeypatch.setattr("fastkd.arguments.check_liger", lambda device: None)
     monkeypatch.setattr("fastkd.arguments.liger_config", lambda config: {"rope": False})
-    args = run._arguments(load_config(tmp_path / "c.yaml"))
+    args = begin._arguments(load_config(tmp_path / "c.yaml"))
     assert (args.max_loss_buffer_mb, args.gradient_checkpointing, args.activation_offloading) == (64, True, True)
     assert (args.use_liger_kernel, args.liger_kernel_config, args.optim) == (True, {"rope": False}, "adafactor")

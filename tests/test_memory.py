@@ -10,11 +10,11 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import memory_plan
-from fastkd import memory, models, ops
+from fastkd import chunking, memory, models, ops
+from fastkd.begin import begin
 from fastkd.cli import main
 from fastkd.config import load_config
 from fastkd.memory import GB, predict, proposals, setting_of
-from fastkd.run import begin
 from tests.tiny import rows, tiny_llama, tiny_tokenizer
 
 PARAMETERS = 2 * 40 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16  # of tiny_llama: two tables, two layers, a norm
@@ -115,7 +115,7 @@ def test_loss_buffers_are_those_that_the_loss_makes(chunk_tokens, shared):
     teacher = (torch.zeros(50, 8), torch.zeros(300, 8)) if shared else (None, None)
     chunks = ops._Chunks(hidden, weight, *teacher, 400, 50, chunk_tokens, torch.float32)
     made = sum(t.nbytes for t in (chunks.student, chunks.teacher) if t is not None)
-    assert ops.buffer_bytes(50, 400, shared, torch.float32, torch.float32, torch.device("cpu"), chunk_tokens) == made
+    assert chunking.buffer_bytes(50, 400, shared, torch.float32, torch.float32, torch.device("cpu"), chunk_tokens) == made
 
 
 def test_levers_lower_what_they_are_said_to(place, no_loading):
