@@ -24,10 +24,11 @@ from .presets import TRAINING
 from .store import StoreError
 from .teachers import TeacherSource
 
-__all__ = ["Run", "begin", "blamed", "described", "load_spec", "options_of", "place_of", "teacher_sources"]
+__all__ = ["Run", "begin", "blamed", "described", "load_spec", "options_of", "place_of", "same_model", "teacher_sources"]
 
 # Where the configuration and the plan's preset are silent; TrainingArguments' own defaults elsewhere.
 TRAINING_DEFAULTS = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2}
+_OF_GPUS = ("fp16", "tf32", "use_liger_kernel")  # arguments that are refused where there is none; bf16 is not with use_cpu
 
 
 @dataclass
@@ -51,12 +52,16 @@ class Run:
         return Path(self.config.difficulty.path or Path(self.config.output_dir) / "difficulty.parquet")
 
 
-def begin(config: RunConfig) -> Run:
-    """Read the data and the student's tokenizer, and refuse what does not fit together; no model is loaded and nothing is written."""
+def begin(config: RunConfig, *, elsewhere: bool = False) -> Run:
+    """Read the data and the student's tokenizer, and refuse what does not fit together; no model is loaded and nothing is written.
+
+    Args:
+        elsewhere: the run will be on a machine with a GPU, which this one need not have.
+    """
     if config.data.eval is None and config.training.get("eval_strategy", "no") != "no":
         raise ConfigError(f"{config.path}: training.eval_strategy: there are no rows to evaluate on; name data.eval, or leave it out")
     with blamed(config, "training"):
-        args = _arguments(config)
+        args = _arguments(config, elsewhere)
     with blamed(config, "plan"):
         plan = filled_plan(config.plan, args, list(config.teachers))
     _check_models(config)
@@ -92,12 +97,16 @@ def _check_models(config: RunConfig) -> None:
             adapted(drawn, lora_config({**config.student.lora, "init_lora_weights": True}))  # others begin by looking at weights
 
 
-def _arguments(config: RunConfig) -> KDConfig:
+def _arguments(config: RunConfig, elsewhere: bool) -> KDConfig:
     loss, data, store = config.loss, config.data, config.store
     recipe = {} if config.plan is None else dict(TRAINING.get(config.plan.name, {}))
     if "lr_scheduler_type" in config.training:
         recipe.pop("lr_scheduler_kwargs", None)  # which are another scheduler's
-    return KDConfig(
+    training, later = {**TRAINING_DEFAULTS, **recipe, **config.training}, {}
+    if elsewhere:
+        later = {name: training.pop(name) for name in _OF_GPUS if name in training}
+        training["use_cpu"] = True
+    args = KDConfig(
         output_dir=config.output_dir,
         seed=config.seed,
         divergence=loss.divergence,
@@ -114,8 +123,11 @@ def _arguments(config: RunConfig) -> KDConfig:
         packing=data.packing,
         padding_free=data.padding_free,
         store=None if store is None else {**dataclasses.asdict(store), "path": store.path or str(Path(config.output_dir) / "store")},
-        **{**TRAINING_DEFAULTS, **recipe, **config.training},
+        **training,
     )
+    for name, value in later.items():
+        setattr(args, name, value)
+    return args
 
 
 def load_spec(spec: ModelSpec, default_dtype: str | None, device: torch.device | None = None) -> PreTrainedModel:
@@ -144,6 +156,11 @@ def teacher_sources(config: RunConfig) -> dict[str, TeacherSource]:
         )
         for name, spec in config.teachers.items()
     }
+
+
+def same_model(a: ModelSpec, b: ModelSpec) -> bool:
+    """Whether both are the same weights."""
+    return a.model == b.model and place_of(a) == place_of(b) and a.layers == b.layers and a.quantization == b.quantization
 
 
 def described(spec: ModelSpec) -> str:
@@ -175,6 +192,8 @@ def blamed(config: RunConfig, key: str) -> Iterator[None]:
             key = "data.columns"
         elif text.startswith("Specified `attn_implementation="):  # of transformers
             key = f"{key}.attn_implementation"
+        elif text.startswith("Your setup doesn't support bf16"):
+            key, text = "training.bf16", "no GPU here computes in bfloat16; expected false, or use_cpu: true (`plan --card` needs neither)"
         if named and key.endswith(named[1]):
             text = text[named.end() :]
         if teacher:

@@ -1,11 +1,12 @@
 """The command line.
 
-A user's mistake is one line on standard error and exit status 2.
+A user's mistake is one line on standard error and exit status 2; Ctrl-C one line and 130.
 """
 
 import argparse
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from ._version import __version__
 __all__ = ["main"]
 
 _PATIENCE = 10.0  # seconds
+_INTERRUPTED = 130  # as of a process that SIGINT ended
 _NEEDS = "this command needs the extra packages: pip install 'fastkd[hf]'"
 
 
@@ -30,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0; 2 after one line on standard error; `doctor`'s also 1, for warnings."""
+    """Run the command line; returns the exit status: 0; 2 after one line on standard error; 130 after Ctrl-C; `doctor`: 1 for warnings."""
     parser = _Parser(prog="fastkd", description="Distil Hugging Face causal language models with fused losses.")
     parser.add_argument("--version", action="version", version=f"fastkd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """A command that takes a configuration."""
         found = commands.add_parser(name, help=text, description=text)
         found.add_argument("config", metavar="CONFIG.yaml")
-        found.add_argument("overrides", nargs="*", metavar="key.path=value", help="replace values of the configuration")
+        found.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="replace values of the configuration")
         found.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return found
 
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_eval(commands)
     commands.add_parser("bench", help="speed and memory of the loss against the peers that are installed", add_help=False)
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU's kernels whenever it is imported
     _be_quiet_but_first()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Overrides after an option are left over by argparse, or taken for the option's own.
     if unknown := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.overrides += rest
+    arguments.overrides = [*arguments.overrides, *rest]
     if getattr(arguments, "compare", None):
         arguments.overrides += [word for word in arguments.compare if "=" in word]
         arguments.compare = [word for word in arguments.compare if "=" not in word]
@@ -81,6 +84,12 @@ def _run(arguments: argparse.Namespace, command: Callable[[argparse.Namespace], 
     """Runs a command and returns its exit status; a user's mistake becomes one line."""
     try:
         return command(arguments) or 0
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        if not _rank():
+            print(f"fastkd: interrupted{_how_to_go_on(arguments)}", file=sys.stderr)
+        return _INTERRUPTED
     except ImportError as error:
         if arguments.debug:
             raise
@@ -90,6 +99,12 @@ def _run(arguments: argparse.Namespace, command: Callable[[argparse.Namespace], 
         if arguments.debug or (isinstance(error, RuntimeError) and not known):
             raise
         _fail(error if type(error).__name__ == "ConfigError" else f"{getattr(arguments, 'config', 'eval')}: {error}")
+
+
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    if arguments.command != "distill":
+        return ""
+    return f"; to go on: {shlex.join(['fastkd', 'distill', arguments.config, *arguments.overrides, '--resume'])}"
 
 
 def _config(arguments: argparse.Namespace):
@@ -109,7 +124,7 @@ def _init(name: str) -> int:
         _fail(f"{path}: exists already; choose another name")
     except OSError as error:
         _fail(f"{path}: {error.strerror}")
-    print(f"wrote {path}: edit it, then run: fastkd distill {path}")
+    print(f"wrote {path}: edit it, look at the run with: fastkd doctor {path}, then train with: fastkd distill {path}")
     return 0
 
 
@@ -253,7 +268,7 @@ def _fail(message: object) -> NoReturn:
     if _rank():
         time.sleep(_PATIENCE)  # where the first process fails as well, it says so, and the launcher ends this one
         message = f"process {_rank()}: {message}"
-    print("fastkd: " + " ".join(str(message).split()), file=sys.stderr)
+    print("fastkd: " + " ".join(str(message).split()).replace(".; ", "; "), file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -32,14 +32,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available
 
-from .begin import Run, begin, described, load_spec, options_of, place_of, teacher_sources
+from .begin import Run, begin, described, load_spec, options_of, place_of, same_model, teacher_sources
 from .config import ConfigError, ModelSpec, RunConfig
 from .data import IGNORE, KDCollator, load_rows, tokenize
 from .evaluation import token_metrics
 from .findings import Finding, count, error, listed, ok, refusal, size, text_of, warning
+from .fitting import proposals
 from .hf import Head, head_of, run_body
 from .levers import check_liger, check_optimizer
-from .memory import GB, MemoryEstimate, Setting, predict, proposals, setting_of
+from .memory import GB, MemoryEstimate, Setting, predict, setting_of
 from .models import check_tokenizers, load_tokenizer, outline, quantized_by
 from .pacing import schedule_for, teacher_of
 from .parity import loss_parity
@@ -52,7 +53,7 @@ from .teachers import Teachers
 
 __all__ = ["examine"]
 
-MOST_ROWS = 20_000  # looked at for lengths and duplicates; beyond, every so many-th
+MOST_ROWS = 10_000  # looked at for lengths and duplicates; beyond, every so many-th
 ASKED_ROWS = 10  # on which the models are asked
 PARITY_TOKENS = 32
 CUT, DROPPED, WASTE = 0.05, 0.01, 0.20  # shares of rows, rows and positions above which there is a warning
@@ -105,6 +106,7 @@ class _Case:
 
     def __init__(self, config: RunConfig, card_gb: float | None):
         self.config, self.card_gb = config, card_gb
+        self.elsewhere = card_gb is not None and not torch.cuda.is_available()  # the run is planned for a machine that is not this one
         self.begun: Run | None = None
         self.failed = False  # whether an error was found already
         self.blamed: list[str] = []  # keys of the configuration of which an error is told
@@ -142,13 +144,16 @@ class _Case:
 
     @functools.cached_property
     def teachers(self) -> Teachers:
-        return Teachers(teacher_sources(self.config), device=self.run.args.device)
+        sources = teacher_sources(self.config)
+        if self.elsewhere:
+            sources = {name: dataclasses.replace(source, device=None) for name, source in sources.items()}
+        return Teachers(sources, device=self.run.args.device)
 
     @functools.cached_property
     def student(self) -> Any:
         """All its layers, on the meta device."""
         spec = self.config.student
-        return outline(spec.model, dtype=spec.dtype or "float32", **options_of(spec))
+        return outline(spec.model, dtype=spec.dtype, **options_of(spec))
 
     @functools.cached_property
     def estimate(self) -> MemoryEstimate:
@@ -216,7 +221,9 @@ def _environment(case: _Case) -> list[Finding]:
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         device = f"{card.name}, {card.total_memory / GB:.0f} GB" + (", not used (training.use_cpu: true)" if cpu else "")
-    gpu = torch.accelerator.is_available() and not cpu
+    if case.elsewhere and not cpu:
+        device = f"no GPU: looked at for one of {case.card_gb:g} GB (--card)"
+    gpu = (torch.accelerator.is_available() or case.elsewhere) and not cpu
     found = [ok(f"{packages}, Python {platform.python_version()}; {device}")]
     if torch.version.cuda is None and not gpu and not cpu and shutil.which("nvidia-smi"):
         what = f"torch {torch.__version__} is built without CUDA, on a machine that has nvidia-smi"
@@ -228,7 +235,7 @@ def _environment(case: _Case) -> list[Finding]:
         why = why.removeprefix(f"{case.blamed[-1]}: ").partition(": pip install")[0]  # the remedy is told below
         found.append(error(f"{key}: {str(value).lower() if isinstance(value, bool) else value}", why, change))
 
-    if training.get("bf16") and not cpu and not is_torch_bf16_gpu_available():
+    if training.get("bf16") and not (cpu or case.elsewhere or is_torch_bf16_gpu_available()):
         change = "training.bf16: false; or training.use_cpu: true to compute in bfloat16 on the CPU, which is for trying out"
         refused("training.bf16", True, "no GPU here computes in bfloat16, and transformers stops the run", change)
     elif training.get("bf16") and gpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -249,7 +256,8 @@ def _environment(case: _Case) -> list[Finding]:
             package = {"flash_attention_3": "flash_attn_interface"}.get(attention, "flash_attn")
             if not gpu:
                 refused(place, attention, "its kernels are for GPUs, and the run is on the CPU", f"{place}: sdpa")
-            elif not any(importlib.util.find_spec(name) for name in (package, "kernels")):  # transformers fetches it by the latter
+            # transformers fetches it by the package kernels
+            elif not case.elsewhere and not any(map(importlib.util.find_spec, (package, "kernels"))):
                 refused(
                     place, attention, f"it needs the package {package}, which is not installed", f"pip install flash-attn, or {place}: sdpa"
                 )
@@ -264,7 +272,7 @@ def _environment(case: _Case) -> list[Finding]:
 def _settings(case: _Case) -> list[Finding]:
     """What every command does first; it has its own words for what is wrong."""
     try:
-        case.begun = begin(case.config)
+        case.begun = begin(case.config, elsewhere=case.elsewhere)
     except ConfigError as problem:
         what = str(problem).removeprefix(f"{case.config.path}: ")
         if any(re.search(rf"\b{re.escape(key)}\b", what) for key in case.blamed):
@@ -272,8 +280,8 @@ def _settings(case: _Case) -> list[Finding]:
         return [error(what, f"{_STOPS}; so do the checks that need the rows")]
     args = case.begun.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
-    teachers = f" from {listed(map(described, case.config.teachers.values()))}" if case.config.teachers else ""
-    return [ok(f"{described(case.config.student)}, learns{teachers}, {count(batch, 'row')} a step")]
+    teachers = listed(map(described, case.config.teachers.values())) if case.config.teachers else "the rows alone"
+    return [ok(f"{described(case.config.student)}, learns from {teachers}, {count(batch, 'row')} a step")]
 
 
 def _folder(case: _Case) -> list[Finding]:
@@ -415,16 +423,20 @@ def _held_out(case: _Case) -> list[Finding]:
     run = case.run
     if run.held_out is None:
         return [ok("no rows to evaluate on (data.eval)")]
-    train, held_out = run.train, run.held_out
+    train, held_out, seen = run.train, run.held_out, len(run.rows)
     if run.args.packing:
-        train, held_out = case.looked_at[1], case.whole(load_rows(case.config.data.eval or "", columns=case.config.data.columns), "eval")
+        (seen, train), columns = case.looked_at, case.config.data.columns
+        held_out = case.whole(load_rows(case.config.data.eval or "", columns=columns), "eval")
     (rows, prompts), (same, asked) = _hashes(train), _hashes(held_out)
     twice, again = sum(map(set(rows).__contains__, same)), sum(map((set(prompts) - {None}).__contains__, asked))
-    if not twice and not again:
-        return [ok(f"no row of data.eval is in data.train, nor its prompt ({count(len(same), 'row')})")]
-    what = f"{twice:,} are rows of data.train too" if twice else f"{again:,} have the prompt of a row of data.train"
+    what = f"of {count(len(same), 'row')} of data.eval {max(twice, again):,} "
+    what += "are rows of data.train too" if twice else "have the prompt of a row of data.train"
+    if seen < len(run.rows):
+        what += f", of which {seen:,} rows were looked at"
+    if max(twice, again) <= DROPPED * len(same):
+        return [ok(what)]
     why = "figures on what was trained on say nothing of anything else"
-    return [warning(f"of {count(len(same), 'row')} of data.eval {what}", why, "take them out of data.train or data.eval")]
+    return [warning(what, why, "take them out of data.train or data.eval")]
 
 
 def _padding(case: _Case) -> list[Finding]:
@@ -463,9 +475,9 @@ def _plan(case: _Case) -> list[Finding]:
         key = case.key(teacher)
         if teacher not in case.used:
             found.append(warning(f"no stage asks {key}", "it teaches nothing", "take it out, or name it in a stage of plan.stages"))
-        elif _same_place(spec, case.config.student) and spec.layers == case.config.student.layers:
-            what = f"student and {key} are the same model"
-            found.append(warning(what, "there is nothing to learn", f"student: a smaller model, or {{from: {teacher}, layers: [...]}}"))
+        elif same_model(spec, case.config.student):
+            what, why = f"student and {key} are the same model", "it teaches nothing that the student does not know"
+            found.append(warning(what, why, f"student: a smaller model, or {{from: {teacher}, layers: [...]}}"))
     for i, (stage, pool) in enumerate(zip(run.plan.stages, schedule.pools, strict=True)):
         if pool < schedule.batch_size:
             what = f"stage {i} ({stage.name}) has {count(pool, 'sample')}, less than one batch of {schedule.batch_size}"
@@ -567,7 +579,10 @@ def _disk(case: _Case) -> list[Finding]:
     args, schedule, found = case.run.args, case.schedule, []
     output, phases = Path(case.config.output_dir), [part for phase in case.estimate.phases for part in (phase.gpu, phase.host)]
     weights, trained, state = (max(part.get(key, 0) for part in phases) for key in ("student weights", "gradients", "optimizer state"))
-    needs = {output: [("the student", weights)]}
+    whole = weights
+    if (spec := case.config.student).quantization is not None:  # it is saved merged, in what it is computed in
+        whole = sum(p.nbytes for p in outline(spec.model, dtype=spec.dtype, **place_of(spec)).parameters())
+    needs = {output: [("the student", whole)]}
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     if strategy != "no":
         every = int(args.save_steps if args.save_steps >= 1 else max(1, math.ceil(args.save_steps * schedule.total_steps)))
@@ -577,9 +592,9 @@ def _disk(case: _Case) -> list[Finding]:
         kept = trained if case.config.student.lora is not None else weights
         needs[output].append((count(copies, "checkpoint"), copies * (kept + (0 if args.save_only_model else state))))
     if case.config.store is not None:
-        spec, stores, heads = _stores(case)
+        place, stores, heads = _stores(case)
         still = sum(store.predicted_bytes(store.missing()) for store in stores)
-        needs.setdefault(Path(spec.path).expanduser(), []).append(("the store", still + (heads if still else 0)))
+        needs.setdefault(Path(place.path).expanduser(), []).append(("the store", still + (heads if still else 0)))
     disks: dict[int, tuple[Path, list[tuple[str, int]]]] = {}
     for folder, parts in needs.items():
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
@@ -601,7 +616,7 @@ def _disk(case: _Case) -> list[Finding]:
 
 def _start(case: _Case) -> list[Finding]:
     """What `fastkd distill` itself looks at before it loads a model, in case it sees what nothing above did."""
-    problem = refusal(check_before_loading, case.run, scores=case.run.plan.needs_scores)
+    problem = refusal(check_before_loading, case.run, scores=case.run.plan.needs_scores, here=not case.elsewhere)
     if not problem:
         return [ok("`fastkd distill` would go on to load the models")]
     if case.failed:
@@ -704,7 +719,8 @@ def _parity(case: _Case) -> list[Finding]:
             why = f"rounding in {_dtype(dtype)} explains {parity.bounds[0]:.0e} and {parity.bounds[1]:.0e}: it trains on something else"
             found.append(error(what, why, "report it with this configuration; another loss.divergence may do until then"))
     tokens = f"{count(len(labels), 'token')} in {_dtype(dtype)}"
-    what = f"the fused {args.divergence} is off the naive one by {worst[0]:.0e}, its gradients by {worst[1]:.0e} (relative, on {tokens})"
+    name = args.divergence if case.used else "cross-entropy"
+    what = f"the fused {name} is off the naive one by {worst[0]:.0e}, its gradients by {worst[1]:.0e} (relative, on {tokens})"
     return found or [ok(what)]
 
 

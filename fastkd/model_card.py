@@ -18,7 +18,7 @@ from transformers.utils import PushInProgress
 
 from ._version import __version__
 from .files import write_whole
-from .report import EVALUATION, METRICS, PLAN, format_metric, read_metrics, stage_title
+from .report import EVALUATION, METRICS, PLAN, format_metric, read_metrics, stage_table
 
 __all__ = ["ADAPTER", "CARD", "CardFacts", "HubTrainer", "hub_id", "model_card", "public_name", "versions"]
 
@@ -27,7 +27,7 @@ ADAPTER = "adapter_config.json"
 _STAGED = "_hub-"
 # What a run's folder holds besides the student that is nobody else's business, or of use to nobody else. The plan names the user's files,
 # as the adapter of a merged student does, the pickled arguments may hold a token.
-_KEPT_BACK = ("_*", ".*", "checkpoint-*", "adapter/*", "*.tmp", "difficulty.parquet*", PLAN, "training_args.bin")
+_KEPT_BACK = ("_*", ".*", "checkpoint-*", "adapter/*", "*.tmp", "*.parquet*", PLAN, "training_args.bin")
 _STATES = (
     "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json", "*kd_state.json", "manifest.json",
     "training_args.bin", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*",
@@ -193,12 +193,7 @@ def _training(trainer: Any, data: Sequence[str], dataset_args: Any, facts: CardF
     optimizer = getattr(args.optim, "value", args.optim)
     lines.append(f"- optimizer: {optimizer}, learning rate {args.learning_rate:g} ({scheduler}), weight decay {args.weight_decay:g}")
     lines.append(f"- {trainer.state.global_step:,} of {schedule.total_steps:,} steps of {schedule.batch_size} rows, seed {schedule.seed}")
-    columns = {"samples": "samples", "epochs": "epochs", "steps": "steps", "tokens": "counted tokens", "teacher": "teacher"}
-    table = schedule.table()
-    hidden = {*columns, "stage", "name", "first_step"}
-    columns |= {key: key for key in table[0] if key not in hidden and any(row[key] not in (None, False) for row in table)}
-    body = [[stage_title(row), *(_cell(row[key]) for key in columns)] for row in table]
-    return "\n".join(lines) + f"\n\nThe plan{f', {plan.name}' if plan.name else ''}:\n\n" + _markdown(["stage", *columns.values()], body)
+    return "\n".join(lines) + f"\n\nThe plan{f', {plan.name}' if plan.name else ''}:\n\n" + _markdown(*stage_table(schedule.table()))
 
 
 def _loss(args: Any) -> str:
@@ -250,14 +245,6 @@ def _named(name: str | None) -> str:
 
 def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return " to ".join(map(_cell, value))
-    if value is None or isinstance(value, bool):
-        return "yes" if value else ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:

@@ -50,8 +50,10 @@ def load_model(
         gguf_file: the GGUF file's name in the repository or folder. It is converted once; later loads read the converted copy.
         layers: keep these decoder layers only, see `keep_layers`.
         quantization: "8bit" or "4bit": the bits in which the weights of the linear layers, except the LM head, are held (`quantized_by`
-            says by which package); what they compute is in ``dtype``. Such weights cannot be trained, an adapter on them can. None: as in
-            the checkpoint, which may be quantised itself, or as ``quantization_config``, an argument of `from_pretrained`, says.
+            says by which package); what they compute is in ``dtype``. Such weights cannot be trained, an adapter on them can.
+            bitsandbytes' 8 bits look for outliers in the activations of a whole batch: what they give for a row depends on the rows beside
+            it (``BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)`` does not, and is less exact). None: as in the
+            checkpoint, which may be quantised itself, or as ``quantization_config``, an argument of `from_pretrained`, says.
         cache_dir: where converted GGUF files go; default `$XDG_CACHE_HOME/fastkd` or `~/.cache/fastkd`.
         kwargs: further arguments of `AutoModelForCausalLM.from_pretrained`: ``attn_implementation``, ``revision``, ``device_map``, ...
 

@@ -18,19 +18,21 @@ from .teachers import loaded_whole
 __all__ = ["check_before_loading"]
 
 
-def check_before_loading(run: Run, *, scores: bool, trains: bool = True) -> None:
+def check_before_loading(run: Run, *, scores: bool, trains: bool = True, here: bool = True) -> None:
     """Refuse models, stores and scores that cannot be used as the configuration says.
 
     Args:
         scores: the samples' difficulty is asked for.
         trains: teachers, stores and what watches a training are asked for as well.
+        here: so are this machine's devices and packages, and the files of weights.
 
     Raises:
         ConfigError: naming the key.
     """
     config, args = run.config, run.args
     if trains:
-        _check_watchers(run)
+        if here:
+            _check_watchers(run)
         with blamed(config, "training"):
             check_best_metric(args, run.held_out, None, teacher=bool(config.teachers))
         if config.store is not None:
@@ -39,7 +41,7 @@ def check_before_loading(run: Run, *, scores: bool, trains: bool = True) -> None
         _check_difficulty(run)
     for key, spec in _models(run, scores=scores, trains=trains):
         with blamed(config, key):
-            _check_model(run, key, spec)
+            _check_model(run, key, spec, here)
 
 
 def _models(run: Run, *, scores: bool, trains: bool) -> Iterator[tuple[str, ModelSpec]]:
@@ -52,14 +54,15 @@ def _models(run: Run, *, scores: bool, trains: bool) -> Iterator[tuple[str, Mode
         yield name if list(config.teachers) == ["teacher"] else f"teachers.{name}", spec
 
 
-def _check_model(run: Run, key: str, spec: ModelSpec) -> None:
+def _check_model(run: Run, key: str, spec: ModelSpec, here: bool) -> None:
     config = run.config
-    with blamed(config, f"{key}.device"):
-        check_device(spec.device)
+    if here:
+        with blamed(config, f"{key}.device"):
+            check_device(spec.device)
     who = "the student" if key == "student" else "the scorer" if key == "difficulty.scorer" else f"the teacher {key.rpartition('.')[2]!r}"
     if key != "student":
         check_tokenizers(run.tokenizer, load_tokenizer(spec.model, **place_of(spec)), who.split()[1])
-    if Path(spec.model).exists():
+    if here and Path(spec.model).exists():
         model_files(spec.model, **place_of(spec))
     with loaded_whole():
         drawn = outline(spec.model, dtype=spec.dtype, **options_of(spec))
@@ -82,7 +85,7 @@ def _check_watchers(run: Run) -> None:
                 for callback in made:
                     callback()
             except (ImportError, RuntimeError) as error:
-                raise ValueError(f"{name}: {error}; pip install {name}, or leave it out") from None
+                raise ValueError(f"{name}: {str(error).partition('. ')[0]}; pip install {name}, or leave it out") from None
 
 
 def _check_store(run: Run) -> None:

@@ -94,7 +94,7 @@ def _drawing(schedule: Schedule, rates: Sequence[float] | None) -> list[str]:
         curves["learning rate"] = [rates[step] for step in steps]
     label = max(map(len, [*curves, "samples"]))
     curves = {"samples": [float(schedule.pools[p.stage]) for p in points], **curves}
-    lines = [f"{name.rjust(label)}  {_bars(values)}  {min(values):.3g} to {max(values):.3g}" for name, values in curves.items()]
+    lines = [f"{name.rjust(label)}  {_bars(values)}  {_short(min(values))} to {_short(max(values))}" for name, values in curves.items()]
     stages = "".join(str(p.stage)[-1] for p in points)
     return [*lines, f"{'stage'.rjust(label)}  {stages}", *_teachers(label, schedule)]
 
@@ -106,6 +106,10 @@ def _teachers(label: int, schedule: Schedule) -> list[str]:
         return []
     terms = ", ".join(f"{name} from step {start}" for name, start in zip(names, starts, strict=True))
     return [f"{'teacher'.rjust(label)}  {terms}"]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _bars(values: Sequence[float]) -> str:

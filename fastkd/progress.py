@@ -273,7 +273,8 @@ def _knob_pairs(point: Any, row: Mapping[str, Any]) -> dict[str, Any]:
 def _evaluation_pairs(logs: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of an evaluation, of a named set too; not how long it took."""
     timing = ("_runtime", "_per_second", "_tokens")
-    return {name.removeprefix("eval_"): v for name, v in logs.items() if name.startswith("eval_") and not name.endswith(timing)}
+    found = {name.removeprefix("eval_"): v for name, v in logs.items() if name.startswith("eval_") and not name.endswith(timing)}
+    return {name: f"{v:.1%}" if name.endswith("agreement") else v for name, v in found.items()}
 
 
 def _speed(row: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "format_metric",
     "read_metrics",
     "recorded_warnings",
+    "stage_table",
     "stage_title",
     "write_report",
 ]
@@ -177,7 +178,7 @@ def write_report(folder: str | Path, title: str, facts: Mapping[str, Any], *, st
 {f"<p>{html.escape(status)}</p>" if status else ""}
 {_facts(shown)}
 {_warnings(warned)}
-{_stages(stages)}
+{f'<h2>Stages</h2>{chr(10)}<div class="stages">{_table(*stage_table(stages))}</div>' if stages else ""}
 <h2>On held-out rows</h2>
 {_held_out(evals)}
 <h2>Curves</h2>
@@ -262,20 +263,18 @@ def stage_title(row: Mapping[str, Any]) -> str:
     return str(number + 1) if name == f"stage {number}" else f"{number + 1} {name}".strip()
 
 
-def _stages(stages: list[dict]) -> str:
-    """The plan's table; a column in which no stage has anything is left out."""
-    if not stages:
-        return ""
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of a plan's table, for people; a column in which no stage has anything is left out."""
     hidden = ("stage", "name", *_ANEW, *(["first_step"] if len(stages) == 1 else []))
     names = [key for key in dict.fromkeys(key for row in stages for key in row) if key not in hidden]
     columns = [key for key in names if any(row.get(key) not in (None, False) for row in stages)]
     titles = ["stage", *(_STAGE_COLUMNS.get(key, key) for key in columns)]
-    rows = [[stage_title(row), *(_ends(row.get(key)) for key in columns)] for row in stages]
+    rows = [[stage_title(row), *(_text(_ends(row.get(key))) for key in columns)] for row in stages]
     if any(row.get(key) for row in stages for key in _ANEW):
         titles.append("begins anew")
         for cells, row in zip(rows, stages, strict=True):
             cells.append(", ".join(word for key, word in _ANEW.items() if row.get(key)))
-    return f'<h2>Stages</h2>\n<div class="stages">{_table(titles, rows)}</div>'
+    return titles, rows
 
 
 def _ends(value: Any) -> Any:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -19,11 +20,11 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from . import checkpoints, difficulty
 from .adapters import is_adapted, lora_config
-from .begin import Run, begin, blamed, described, load_spec, place_of, teacher_sources
+from .begin import Run, begin, blamed, described, load_spec, place_of, same_model, teacher_sources
 from .config import ConfigError, ModelSpec, RunConfig
 from .files import flat, write_whole
+from .fitting import describe
 from .hf import is_sharded
-from .memory import describe
 from .model_card import CardFacts, public_name, versions
 from .models import check_tokenizers, load_tokenizer
 from .plan import Schedule, difference
@@ -56,7 +57,7 @@ def _distill(config: RunConfig, resume: bool, warned: list[str]) -> Path:
     check_folder(output, config, resume)
     run = begin(config)
     for name, spec in config.teachers.items():
-        if config.student.model == spec.model and config.student.layers == spec.layers:
+        if same_model(config.student, spec):
             logger.warning("student and teacher %s are the same model (%s): there is nothing to learn", name, spec.model)
     check_before_loading(run, scores=run.plan.needs_scores)
     with blamed(config, "student"):
@@ -71,9 +72,9 @@ def _distill(config: RunConfig, resume: bool, warned: list[str]) -> Path:
         if start is None and run.held_out is not None:
             _say("before", trainer)
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        evaluated = [trainer.is_world_process_zero() and _is_evaluated(output, trainer.state.global_step)]
-        if run.held_out is not None and not broadcast_object_list(evaluated)[0]:  # all processes, or none
-            _say("after", trainer)
+        if run.held_out is not None:
+            found = [_evaluation_at(output, trainer.state.global_step) if trainer.is_world_process_zero() else None]
+            _say("after", trainer, broadcast_object_list(found)[0])  # all processes evaluate, or none
         _save(trainer)  # pushed below, with the report
         if trainer.is_world_process_zero():
             trainer.create_model_card()
@@ -93,6 +94,8 @@ def _watched(config: RunConfig, trainer: KDTrainer, warned: list[str]) -> Iterat
     except BaseException as error:
         progress.close()
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        if isinstance(error, KeyboardInterrupt):
+            reason = "interrupted"
         with contextlib.suppress(OSError):  # the error itself may be that nothing can be written
             report.write(f"Stopped after step {trainer.state.global_step:,} of {trainer.schedule.total_steps:,}: {reason[:500]}")
         raise
@@ -109,8 +112,9 @@ def _save(trainer: KDTrainer) -> None:
     trainer.save_model(_internal_call=True)
 
 
-def _is_evaluated(output: Path, step: int) -> bool:
-    return any(row["step"] == step and "eval_ce" in row for row in read_metrics(output))
+def _evaluation_at(output: Path, step: int) -> dict[str, Any] | None:
+    row = next((row for row in read_metrics(output) if row["step"] == step and "eval_ce" in row), None)
+    return row and {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def show_plan(config: RunConfig, card_gb: float | None = None) -> str:
@@ -119,7 +123,8 @@ def show_plan(config: RunConfig, card_gb: float | None = None) -> str:
     Args:
         card_gb: memory of the GPU to plan for, in units of 2 ** 30 bytes; None: that of the GPU at hand, if any.
     """
-    run = begin(config)
+    run = begin(config, elsewhere=card_gb is not None and not torch.cuda.is_available())
+    check_before_loading(run, scores=run.plan.needs_scores, here=False)
     samples, note = run.unscored, ""
     if run.plan.needs_scores:
         if run.scores_path.exists():
@@ -219,8 +224,9 @@ def _trainer(run: Run, student: PreTrainedModel) -> KDTrainer:
     return trainer
 
 
-def _say(when: str, trainer: KDTrainer) -> None:
-    found, teacher = trainer.evaluate(), ""
+def _say(when: str, trainer: KDTrainer, found: dict[str, Any] | None = None) -> None:
+    """Print an evaluation, which is made now if it is not given."""
+    found, teacher = found or trainer.evaluate(), ""
     if not trainer.is_world_process_zero():
         return
     if "eval_kl" in found:
@@ -266,7 +272,9 @@ def check_folder(output: Path, config: RunConfig, resume: bool) -> None:
             begun = json.loads(plan.read_text())["config"]
         except (ValueError, KeyError, TypeError) as error:
             refuse(f"holds a {PLAN} that is damaged ({error}): the settings cannot be compared; restore it, or choose another folder")
-        changed = difference(_bound(flat(begun, lists=True)), _bound(flat(config.to_dict(), lists=True)))
+        before, now = (_bound(flat(settings, lists=True)) for settings in (begun, config.to_dict()))
+        off = {key: False for key, value in now.items() if value is False}  # as what an earlier version did not know was
+        changed = difference(off | before, now)
         if changed:
             refuse(f"holds another run: {changed}; to resume, use the same (to train on, begin another run with student: {output})")
 
@@ -275,7 +283,7 @@ def check_folder(output: Path, config: RunConfig, resume: bool) -> None:
 _FREE = (
     "path", "output_dir", "store.path", "store.max_gb", "difficulty.path", "training.logging_", "training.save_", "training.eval_",
     "training.disable_tqdm", "training.report_to", "training.per_device_", "training.gradient_accumulation_steps",
-    "training.gradient_checkpointing", "training.activation_offloading",
+    "training.gradient_checkpointing", "training.activation_offloading", "training.hub_", "training.push_to_hub",
 )  # fmt: skip
 
 
@@ -292,7 +300,9 @@ class _PlanFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        plan = {"stages": self.schedule.table(), "plan": self.schedule.plan.to_dict(), "config": self.config.to_dict()}
+        config = self.config.to_dict()
+        config["training"] = {name: value for name, value in config["training"].items() if name != "hub_token"}
+        plan = {"stages": self.schedule.table(), "plan": self.schedule.plan.to_dict(), "config": config}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.output_dir) / PLAN, json.dumps(plan, indent=1) + "\n")
 
@@ -367,7 +377,8 @@ def _data_path(data: str | dict[str, str]) -> str:
 
 
 def _shortened(word: str) -> str:
-    """A word of the command line, of absolute paths in it the last part."""
+    """A word of the command line without a token, of absolute paths in it the last part."""
+    word = re.sub(r"(hub_token\s*[=:]\s*)[^\s,}]+", r"\1...", word)
     return re.sub(r"(?<![\w.~/])[~/][^\s,:=}\]]*/(?=[^/\s,:=}\]])", "", word)
 
 

@@ -7,11 +7,9 @@ import logging
 import math
 import os
 import shutil
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +51,7 @@ from .report import MetricsFile
 from .signals import Signal, TeacherHidden, TeacherTopK
 from .store import StoreSpec
 from .teachers import Teachers, TeacherSource, teacher_sources
+from .window import Sums, Watch, not_timed, peak_gb
 
 __all__ = ["KDConfig", "KDTrainer", "NonFiniteLossError"]
 
@@ -75,54 +74,6 @@ torch.serialization.register_package(99, lambda storage: None, lambda storage, p
 
 class NonFiniteLossError(RuntimeError):
     """The loss of a batch was not finite; the message names the samples."""
-
-
-@dataclass
-class _Sums:
-    """What has been trained since the last logging step, and the counted tokens of the whole run; saved with each checkpoint."""
-
-    loss: float = 0.0
-    kd: float = 0.0
-    ce: float = 0.0
-    tokens: int = 0
-    useful: int = 0  # positions that went through the student and are no padding
-    computed: int = 0  # all positions that did
-    tokens_before: int = 0
-
-
-class _Watch:
-    """Seconds since a moment, without those of what does not belong to the training."""
-
-    def __init__(self) -> None:
-        self._begun: float | None = None
-        self._aside = 0.0
-        self.tokens = 0  # useful ones, of this process; those before an interruption are not in the seconds either
-
-    def reset(self, running: bool) -> None:
-        self._begun, self._aside, self.tokens = time.perf_counter() if running else None, 0.0, 0
-
-    def start(self) -> None:
-        if self._begun is None:
-            self.reset(running=True)
-
-    @property
-    def seconds(self) -> float:
-        return 0.0 if self._begun is None else time.perf_counter() - self._begun - self._aside
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        since = time.perf_counter()
-        yield
-        self._aside += time.perf_counter() - since
-
-
-def _not_timed(method: Callable) -> Callable:
-    @functools.wraps(method)
-    def aside(self, *args, **kwargs):
-        with self._watch.paused():
-            return method(self, *args, **kwargs)
-
-    return aside
 
 
 class KDTrainer(HubTrainer):
@@ -155,9 +106,10 @@ class KDTrainer(HubTrainer):
     loss. Teacher and objective are those with which the plan ends, whatever the stage, so that figures can be compared over the run.
     Every logging step and evaluation is also a row of ``output_dir/metrics.jsonl``; there ``tokens`` are those counted since the run began,
     and of what went through the student since the row before, on all processes: ``useful_tokens`` the share that is no padding (a row
-    that only fills a step up is padding too), ``tokens_per_second`` such tokens per second, evaluating and saving not included.
+    that only fills a step up is padding too), ``tokens_per_second`` such tokens per second, evaluating, saving and loading teachers not
+    included.
     ``memory_gb`` is the peak since the row before of the accelerator's memory that torch had allocated, the most of any process; on the CPU
-    the peak of what the process had resident so far (1 GB is 1e9 bytes).
+    the peak of what the process had resident so far (1 GB is 2 ** 30 bytes, as in `fastkd.memory`).
 
     With ``padding_free`` each micro-batch goes through the models as one row ``[1, T]`` that holds its rows one after the other, T from
     step to step another, and positions tell them apart: flash and flex attention compute no padding and no attention between rows,
@@ -276,7 +228,7 @@ class KDTrainer(HubTrainer):
         if args.store is not None:
             self._open_stores(StoreSpec(**args.store))
         self._metrics = MetricsFile(self._folder)
-        self._sums, self._watch = _Sums(), _Watch()
+        self._sums, self._watch = Sums(), Watch()
         self.add_callback(StageCallback(self.schedule, self._enter))
         self._enter(0)
 
@@ -304,6 +256,9 @@ class KDTrainer(HubTrainer):
         signal = None
         if point.kd_ratio > 0:
             assert point.teacher is not None  # `Plan.filled` has seen to it
+            if self.args.store is None:
+                with self._watch.paused():  # loaded now, when a stage begins and after an evaluation
+                    self.teachers.model(point.teacher)
             signal = self.teachers.signal(point.teacher, batch, labels, index, split="train", kept=layout.kept)
         labels = layout.join(labels)
 
@@ -427,7 +382,7 @@ class KDTrainer(HubTrainer):
     def _is_ours(self, dataset: Any) -> bool:
         return any(dataset is own for own in self._datasets().values())
 
-    @_not_timed
+    @not_timed
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -528,14 +483,14 @@ class KDTrainer(HubTrainer):
         """Means over the counted tokens since the last logging step, all processes together; starts a new window."""
         sums, watch = self._sums, self._watch
         window = [sums.loss, sums.kd, sums.ce, sums.tokens, sums.useful, sums.computed, watch.tokens]
-        memory = _peak_gb(self.args.device)
+        memory = peak_gb(self.args.device)
         if self.args.world_size > 1:
             window = self.accelerator.reduce(torch.tensor(window, dtype=torch.float64, device=self.args.device), "sum").tolist()
             memory = self.accelerator.gather(torch.tensor([memory], device=self.args.device)).max().item()
         loss, kd, ce, tokens, useful, computed, timed = window
         seconds = watch.seconds
         watch.reset(running=True)
-        self._sums = _Sums(tokens_before=sums.tokens_before + int(tokens))
+        self._sums = Sums(tokens_before=sums.tokens_before + int(tokens))
         count = max(tokens, 1)
         return {
             "loss": loss / count,
@@ -701,7 +656,7 @@ class KDTrainer(HubTrainer):
             other = checkpoints.newest_complete(self._folder)
             if other is not None:
                 raise ValueError(f"output_dir: {other} is of an earlier run: resume from it, or choose another folder")
-        self._sums, step = _Sums(), 0
+        self._sums, step = Sums(), 0
         self._facts = self._run_facts()
         if found is not None:
             states = sorted(found.glob(f"*-{_STATE}"), key=lambda path: int(path.name.split("-")[0]))
@@ -713,13 +668,18 @@ class KDTrainer(HubTrainer):
             both = before.get("eval", {}).keys() & now["eval"].keys()
             for facts in (before, now):
                 facts["eval"] = {name: facts["eval"][name] for name in sorted(both)}
+            # What an earlier version did not keep: options were off, the rest cannot be compared.
+            before["training"] = {name: value for name, value in now["training"].items() if not value} | before["training"]
+            if "attn_implementation" not in before["student"]:
+                now = {name: facts for name, facts in now.items() if name != "adapter"}
+                now["student"] = {name: value for name, value in now["student"].items() if name != "attn_implementation"}
             changed = difference(before, now)
             if changed:
                 raise ValueError(f"resume_from_checkpoint: {found} is of another run: {changed}")
             # There may have been more processes than now, or fewer: each takes its share of their sums.
             mine = [each["sums"] for each in kept[self.args.process_index :: self.args.world_size]]
             shared = {name: value for name, value in kept[0]["sums"].items() if name.endswith("_before")}
-            self._sums = _Sums(**{name: sum(sums.get(name, 0) for sums in mine) for name in asdict(_Sums())} | shared)
+            self._sums = Sums(**{name: sum(sums.get(name, 0) for sums in mine) for name in asdict(Sums())} | shared)
             step = json.loads((found / "trainer_state.json").read_text())["global_step"]
         self._watch.reset(running=False)
         self._first_step = step
@@ -761,7 +721,7 @@ class KDTrainer(HubTrainer):
     _staging = ""
     _first_step = 0
 
-    @_not_timed
+    @not_timed
     def _save_checkpoint(self, model, trial) -> None:
         run = Path(self._get_output_dir(trial))
         name, keep = f"checkpoint-{self.state.global_step}", self.args.save_total_limit
@@ -821,23 +781,6 @@ def _counted(collate: Callable, join: bool, rows: list) -> dict[str, Any]:
     """A batch for training, with ``useful``: how many of its positions are no padding."""
     useful = sum(len(row["input_ids"]) for row in rows if row.get("sample_index") != DUMMY)
     return {**_laid_out(collate, join, rows), "useful": useful}
-
-
-def _peak_gb(device: torch.device) -> float:
-    """GB: of an accelerator the peak allocated since the last call; of the CPU the process' resident peak; nan where none is told."""
-    if device.type == "cpu":
-        try:
-            import resource
-        except ImportError:  # Windows
-            return math.nan
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-    backend = torch.get_device_module(device)
-    if not hasattr(backend, "reset_peak_memory_stats"):
-        return math.nan
-    peak = backend.max_memory_allocated(device)
-    backend.reset_peak_memory_stats(device)
-    return peak / 1e9
 
 
 @contextlib.contextmanager

@@ -193,6 +193,27 @@ def test_without_the_optimizers_state_there_is_no_resuming(tmp_path):
         run(tmp_path, save_only_model=True).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_of_an_earlier_version_is_resumed(tmp_path):
+    """It knew nothing of some options, which were off, and did not count padding."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, crash_at=4).train()
+    staging, final = tmp_path / ".incomplete" / "checkpoint-3", tmp_path / "checkpoint-3"
+    staging.parent.mkdir()
+    final.rename(staging)
+    state = json.loads((staging / "0-kd_state.json").read_text())
+    for name in ("use_liger_kernel", "liger_kernel_config"):
+        del state["run"]["training"][name]
+    del state["run"]["student"]["attn_implementation"], state["sums"]["useful"], state["sums"]["computed"]
+    (staging / "0-kd_state.json").write_text(json.dumps(state))
+    checkpoints.commit(staging, final)
+    with pytest.raises(ValueError, match=r"training\.optim was 'adamw_torch_fused', now it is 'sgd'"):
+        run(tmp_path, optim="sgd").train(resume_from_checkpoint=True)
+    resumed = run(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert all(0 < row["useful_tokens"] <= 1 for row in training_rows(tmp_path))
+
+
 def test_an_old_checkpoint_stays_until_the_new_one_stands(tmp_path, monkeypatch):
     seen = []
     real = checkpoints.commit

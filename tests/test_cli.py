@@ -104,6 +104,9 @@ def test_resume_gives_the_uninterrupted_students_weights(place, capsys):
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert killed.returncode == -9, killed.stderr.decode()[-2000:]
     assert "already holds a run" in fails(capsys, "distill", "run.yaml", "output_dir=cut")
+    plan = json.loads(Path("cut/plan.json").read_text())
+    del plan["config"]["data"]["padding_free"]  # as in a run that an earlier version began
+    Path("cut/plan.json").write_text(json.dumps(plan))
     assert main(["distill", "run.yaml", "--resume", "output_dir=cut"]) == 0
     resumed = AutoModelForCausalLM.from_pretrained("cut").state_dict()
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -133,8 +136,8 @@ def test_a_curriculum_from_configuration_to_student(place, capsys):
     assert main(["plan", "run.yaml", *options]) == 0
     shown = capsys.readouterr().out
     assert "plan clpd: 16 samples, batch 4, 8 steps" in shown
-    assert re.search(r"0 +clpd 1/2 +4 +2 +2 +\d+ +weak +2 +0.8 .*restart", shown)
-    assert re.search(r"1 +clpd 2/2 +12 +2 +6 +\d+ +strong", shown)
+    assert re.search(r"0 +clpd 1/2 +4 +2 +2 +\d+ +\S+ +weak +2 +0.8 .*restart", shown)
+    assert re.search(r"1 +clpd 2/2 +12 +2 +6 +\d+ +\S+ +strong", shown)
     assert "teacher  weak from step 0, strong from step 2" in shown
     assert "not scored yet" in shown
     assert main(["score", "run.yaml", "--compare", *options]) == 0
@@ -281,7 +284,7 @@ def test_init_writes_a_configuration_that_loads(tmp_path, monkeypatch, capsys):
         (["distill", "run.yaml", "data.eval=null", "training.eval_strategy=epoch"], "run.yaml: training.eval_strategy"),
         (["distill", "run.yaml", "plan=pocl", "loss.temperature=null"], "run.yaml: loss.kd_ratio: the plan says it for every stage"),
         (["distill", "run.yaml", "training.lr_scheduler_type=zigzag"], "run.yaml: training.lr_scheduler_type"),
-        (["distill", "run.yaml", "training.report_to=tensorboard"], "run.yaml: training.report_to: tensorboard: TensorBoard"),
+        (["distill", "run.yaml", "training.report_to=dvclive"], "run.yaml: training.report_to: dvclive"),
         (["distill", "run.yaml", "training.resume_from_checkpoint=out"], "run.yaml: training.resume_from_checkpoint: has no effect"),
         (["distill", "run.yaml", "training.gradient_accumulation_steps=0"], "training.gradient_accumulation_steps: expected a number"),
         (["distill", "run.yaml", "output_dir=teacher"], "is where 'student' is read from"),

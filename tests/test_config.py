@@ -387,7 +387,7 @@ def test_yamls_aliases_are_separate_and_no_is_a_word(tmp_path):
     assert found.training["save_strategy"] == "no"
 
 
-@pytest.mark.parametrize("name", ["demo", "pocl", "clpd", "pretrain"])
+@pytest.mark.parametrize("name", ["demo", "pocl", "clpd", "pretrain", "one-gpu-24gb", "one-gpu-80gb"])
 def test_the_examples_load(name):
     config = load_config(Path(__file__).parents[1] / "examples" / f"{name}.yaml")
-    assert config.plan is None if name == "demo" else config.plan.name == name
+    assert config.plan is None if name.startswith(("demo", "one-gpu")) else config.plan.name == name

@@ -10,12 +10,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastkd import doctor, parity
+from fastkd.begin import same_model
 from fastkd.cli import main
-from fastkd.config import load_config
+from fastkd.config import ModelSpec, load_config
 from fastkd.data import KDCollator, tokenize
 from fastkd.findings import Finding
+from fastkd.fitting import Proposal
 from fastkd.hf import Head
-from fastkd.memory import GB, MemoryEstimate, Phase, Proposal
+from fastkd.memory import GB, MemoryEstimate, Phase
 
 from .tiny import WORDS, rows, tiny_llama, tiny_tokenizer
 
@@ -68,7 +70,6 @@ def write(file: str, lines: list[dict]) -> None:
 def found(place, monkeypatch):
     """``found("rows", "data.max_length=4")``: the findings of one check, and of those that it needs."""
     checks = dict(doctor._CHECKS)
-    monkeypatch.setattr("gc.collect", lambda *_: 0)  # takes longer than the checks of a tiny model
 
     def look(check: str, *overrides: str, needs: tuple[str, ...] = (), **options) -> list[Finding]:
         chosen = {name: entry for name, entry in checks.items() if name in ("settings", *needs, check)}
@@ -179,6 +180,26 @@ def test_folder(found):
     Path("out/metrics.jsonl").write_text("{}\n")
     assert "--resume" in only(found("output_dir"), "warning").change
     assert "is read from" in only(found("output_dir", "output_dir=teacher"), "error").what
+
+
+@pytest.mark.skipif("torch.cuda.is_available()")
+@pytest.mark.parametrize("option", ["bf16", "fp16", "tf32"])
+def test_a_card_that_is_not_here(found, capsys, option):
+    """What only a GPU can do is no mistake where the run is planned for one."""
+    training = f"training={{{option}: true, max_steps: 6, per_device_train_batch_size: 4}}"
+    assert main(["plan", "run.yaml", training, "--card", "24"]) == 0
+    assert "fits 24 GB" in capsys.readouterr().out
+    assert "one of 24 GB" in only(found("environment", training, card_gb=24), "ok").what
+    only(found("start", training, "teacher={model: teacher, device: cuda:1}", card_gb=24), "ok")
+    only(found("parity", training, "teacher={model: teacher, device: cuda:1}", needs=MODELS, card_gb=24), "ok")
+    with pytest.raises(SystemExit):
+        main(["plan", "run.yaml", training])
+    assert capsys.readouterr().err.startswith("fastkd: run.yaml: training")
+
+
+def test_liger_for_a_card_that_is_not_here(found, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    only(found("settings", "training.use_liger_kernel=true", card_gb=24), "ok")
 
 
 # Tokenizers, vocabularies, templates.
@@ -298,7 +319,7 @@ def test_rows(found):
 
 
 def test_rows_that_are_in_both_files(found):
-    only(found("held-out"), "ok")
+    assert only(found("held-out"), "ok").what == "of 6 rows of data.eval 0 have the prompt of a row of data.train"
     train = list(rows(16))
     write("eval.jsonl", [train[3], *rows(6, 1)])
     assert only(found("held-out"), "warning").what == "of 7 rows of data.eval 1 are rows of data.train too"
@@ -329,6 +350,9 @@ def test_plan(found):
     small = "plan={preset: clpd, fractions: [0.1, 0.9], epochs: 1}"
     assert "has 1 sample, less than one batch of 4" in only(found("plan", *two, small, "training.max_steps=-1"), "warning").what
     assert "same model" in only(found("plan", "student=teacher"), "warning").what
+    # A student in fewer bits does not know all that the teacher does.
+    quantised = ModelSpec("teacher", quantization="4bit", lora={})
+    assert not same_model(quantised, ModelSpec("teacher"))
     assert "training.warmup_steps" in only(found("plan", "training.warmup_steps=50"), "warning").change
 
 

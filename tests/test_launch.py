@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from transformers import AutoModelForCausalLM
 
 import fastkd.cli
+from fastkd.data import tokenize
 from fastkd.report import read_metrics
 
 from .launch_worker import DIES_AT, noted
@@ -116,6 +117,20 @@ def test_two_processes_learn_what_one_learns(runs, name):
         assert theirs == pytest.approx(mine, rel=0, abs=1e-5)
     expected = weights(place / "one")
     assert all((value - expected[key]).abs().max() < 1e-5 for key, value in weights(place / name).items())
+
+
+def test_the_padding_of_two_processes_is_summed(runs):
+    place, _ = runs
+    lengths = [len(ids) for ids in tokenize(rows(14), tiny_tokenizer(), max_length=16)["input_ids"]]
+    useful, computed = [0] * 4, [0] * 4  # of two steps each
+    for file in place.glob("order-two-*.jsonl"):
+        for step, samples in map(json.loads, file.read_text().splitlines()):
+            real = [lengths[sample] for sample in samples if sample >= 0]
+            useful[step // 2] += sum(real)
+            computed[step // 2] += len(samples) * max(real, default=lengths[0])
+    found = [row["useful_tokens"] for row in read_metrics(place / "two") if "loss" in row]
+    assert found == pytest.approx([a / b for a, b in zip(useful, computed, strict=True)])
+    assert found == [row["useful_tokens"] for row in read_metrics(place / "cut") if "loss" in row]
 
 
 def test_two_processes_resume_bit_for_bit(runs):

@@ -10,11 +10,12 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import memory_plan
-from fastkd import chunking, memory, models, ops
+from fastkd import chunking, memory, models, ops, tracing
 from fastkd.begin import begin
 from fastkd.cli import main
 from fastkd.config import load_config
-from fastkd.memory import GB, predict, proposals, setting_of
+from fastkd.fitting import proposals
+from fastkd.memory import GB, predict, setting_of
 from tests.tiny import rows, tiny_llama, tiny_tokenizer
 
 PARAMETERS = 2 * 40 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16  # of tiny_llama: two tables, two layers, a norm
@@ -38,8 +39,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def setting(*overrides: str, device: str = "cuda") -> memory.Setting:
-    return setting_of(begin(load_config("run.yaml", overrides)), device=device, base=0)
+def setting(*overrides: str, device: str = "cuda", path: str | Path = "run.yaml") -> memory.Setting:
+    return setting_of(begin(load_config(path, overrides)), device=device, base=0)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_the_ledger_counts_storages_once_and_their_end():
     with FakeTensorMode():
         layer = torch.nn.Linear(5, 7, bias=False)
         x = torch.ones(3, 5)
-        with memory._Ledger(layer) as ledger:
+        with tracing.Ledger(layer) as ledger:
             y = layer(x)  # [3, 7]; the transposed weight is a view of what is counted elsewhere
             assert ledger.total == 3 * 7 * 4
             z = y.relu()
@@ -102,9 +103,9 @@ def test_the_ledger_counts_storages_once_and_their_end():
 
 def test_a_mask_is_counted_in_each_layer(place):
     """transformers makes none where no row is padded; torch's attention keeps one of fp32 for each layer."""
-    found = memory._Prediction(setting())
-    args = ("train", memory._key(found.setting.student, True), None, 8, 16)
-    even, padded = (sum(found._trace(*args, padded, False).parts.values()) for padded in (False, True))
+    found = memory.Prediction(setting())
+    args = ("train", tracing.model_key(found.setting.student, True), None, 8, 16)
+    even, padded = (sum(found._pass(*args, padded, False).parts.values()) for padded in (False, True))
     assert padded - even >= 2 * 8 * 16 * 16 * 4
 
 
@@ -143,14 +144,14 @@ def test_levers_lower_what_they_are_said_to(place, no_loading):
 
 
 def test_offloaded_activations_are_on_the_host(place, monkeypatch):
-    monkeypatch.setattr(memory, "LEAST_BYTES", 1)
-    memory._traced.cache_clear()
+    monkeypatch.setattr(tracing, "LEAST_BYTES", 1)
+    tracing.trace.cache_clear()
     before, after = predict(setting()), predict(setting("training.activation_offloading=true"))
     step = next(p for p in after.phases if p.name == "training step")
     moved = step.host["offloaded activations"]
     assert moved > 0
     assert after.gpu < before.gpu
-    memory._traced.cache_clear()
+    tracing.trace.cache_clear()
 
 
 @pytest.mark.parametrize("share", [0.97, 0.9, 0.8])
@@ -186,10 +187,10 @@ def test_what_cannot_be_traced_is_rough_and_says_so(place, monkeypatch):
     def fail(*args):
         raise RuntimeError("data-dependent")
 
-    monkeypatch.setattr(memory, "_train", fail)
-    memory._traced.cache_clear()
+    monkeypatch.setattr(tracing, "_train", fail)
+    tracing.trace.cache_clear()
     estimate = predict(setting())
-    memory._traced.cache_clear()
+    tracing.trace.cache_clear()
     assert "RuntimeError: data-dependent" in str(estimate.rough)
     assert "rough" in str(estimate)
     assert 0.5 < estimate.gpu / exact.gpu < 2
@@ -213,6 +214,37 @@ def test_the_largest_micro_batch_is_that_of_the_plan(place):
 @pytest.mark.parametrize("overrides", [[], ["training.gradient_checkpointing=true", "training.optim=sgd"]])
 def test_a_whole_run_comes_to_what_was_predicted(tmp_path, overrides):
     memory_plan.make_problem(tmp_path, ["llama-60m", "llama-100m"])
-    found = memory_plan.compare(tmp_path, [*overrides, "training.per_device_train_batch_size=2"])
+    found = memory_plan.compare(tmp_path, [*overrides, "training.per_device_train_batch_size=2"], default_malloc=False)
     assert abs(found["error"]) < memory_plan.TARGET, found
     assert found["measured"] > GB
+
+
+QWEN = {  # of the models' public configurations: width, inner width, layers, heads, key-value heads, vocabulary, tied
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
+    "Qwen/Qwen2.5-14B-Instruct": (5120, 13824, 48, 40, 8, 152064, False),
+}
+
+
+@pytest.mark.parametrize("card", [24, 80])
+def test_the_examples_for_one_gpu_fit_it(tmp_path, monkeypatch, no_loading, card):
+    """By the prediction; rows are as long as the example allows."""
+    pytest.importorskip("bitsandbytes")
+    path = Path(__file__).parents[1] / "examples" / f"one-gpu-{card}gb.yaml"
+    given = load_config(path)
+    monkeypatch.chdir(tmp_path)
+    names = {"student": given.student.model, "teacher": given.teachers["teacher"].model}
+    for place, name in names.items():
+        width, inner, layers, heads, groups, vocabulary, tied = QWEN[name]
+        transformers.Qwen2Config(
+            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+            vocab_size=vocabulary, tie_word_embeddings=tied, dtype="bfloat16", architectures=["Qwen2ForCausalLM"],
+        ).save_pretrained(place)  # fmt: skip
+        tiny_tokenizer().save_pretrained(place)
+    row = json.dumps({"input_ids": [5] * given.data.max_length})
+    Path("rows.jsonl").write_text(f"{row}\n" * 16)
+    words = ["student.model=student", "teacher.model=teacher", "data.train=rows.jsonl", "training.max_steps=1", "training.use_cpu=true"]
+    estimate = predict(setting(*words, path=path))
+    assert estimate.rough is None
+    assert estimate.tokens == given.data.max_length
+    assert 0.5 * card * GB < estimate.gpu < 0.95 * card * GB, str(estimate)

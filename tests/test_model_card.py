@@ -190,16 +190,21 @@ def test_an_adapters_card(tmp_path, hub):
 
 def test_distill_pushes_the_student_with_card_and_report(place, hub, capsys):  # noqa: F811
     options = ["training.push_to_hub=true", "training.hub_model_id=me/student", "training.hub_strategy=end", "store={path: out/cache}"]
+    options += ["training.hub_token=secret", "plan={preset: curriculum, buckets: 2}"]
     assert main(["distill", "run.yaml", f"data.train={place / 'train.jsonl'}", *options]) == 0
     (upload,) = hub.uploads
     assert upload.files == STUDENT | {"metrics.jsonl", "report.html"}
     assert upload.card == Path("out/README.md").read_text()
+    assert upload.options["token"] == "secret"
+    assert Path("out/difficulty.parquet").exists()
+    assert "secret" not in Path("out/plan.json").read_text()
     for text in (upload.card, Path("out/report.html").read_text()):
         assert str(place) not in text
+        assert "secret" not in text
         assert "train.jsonl" in text
     assert re.search(r"- student: teacher, 3 of its layers, [\d,]+ parameters\n- teacher: teacher\n", upload.card)
     assert "base_model" not in metadata(upload.card)  # a path here
-    assert "| 1 kd |" in upload.card
+    assert "| 1 curriculum 1/2 |" in upload.card
 
 
 def test_distill_pushes_a_merged_student(place, hub):  # noqa: F811

@@ -87,7 +87,7 @@ def test_a_file_gets_a_plain_line_for_each_logging_step(tmp_path, capsys):
         assert re.search(word, lines[0]), word
     assert lines[0].endswith(" left")
     assert "stage" not in lines[0]  # there is one
-    assert re.search(r"held out: loss \d.*kl \d.*agreement \d", lines[2])
+    assert re.search(r"held out: loss \d.*kl \d.*agreement [\d.]+%", lines[2])
 
 
 def test_a_user_may_forbid_the_live_display(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from fastkd import run
+from fastkd.cli import main
 from fastkd.config import load_config
-from fastkd.report import format_metric, recorded_warnings, stage_title, write_report
+from fastkd.report import format_metric, read_metrics, recorded_warnings, stage_title, write_report
 
 from .test_cli import place  # noqa: F401
 
@@ -131,24 +132,26 @@ def test_warnings_are_recorded_once_and_still_shown():
     assert len(shown) == 3
 
 
-def test_a_run_that_stops_early_leaves_a_report(place, monkeypatch):  # noqa: F811
+def test_an_interrupted_run_is_one_line_and_leaves_a_report(place, monkeypatch, capsys):  # noqa: F811
     step = run.KDTrainer.training_step
 
     def broken(self, *args, **kwargs):
         if self.state.global_step == 4:
-            raise KeyboardInterrupt("it was enough")
+            raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(run.KDTrainer, "training_step", broken)
-    with pytest.raises(KeyboardInterrupt):
-        run.distill(load_config("run.yaml"))
+    assert main(["distill", "run.yaml", "data.columns={prompt: prompt}"]) == 130
+    error = capsys.readouterr().err
+    assert error.endswith("\nfastkd: interrupted; to go on: fastkd distill run.yaml 'data.columns={prompt: prompt}' --resume\n")
+    assert "Traceback" not in error
     text = Path("out/report.html").read_text()
-    assert "Stopped after step 4 of 6: KeyboardInterrupt: it was enough" in text
+    assert "Stopped after step 4 of 6: interrupted" in text
     assert "<svg" in text
     assert not Path("out/README.md").exists()
 
 
-def test_a_long_run_has_a_report_meanwhile(place, monkeypatch):  # noqa: F811
+def test_a_long_run_has_a_report_meanwhile(place, monkeypatch, capsys):  # noqa: F811
     seen = []
 
     def write(folder, title, facts, **options):
@@ -158,12 +161,18 @@ def test_a_long_run_has_a_report_meanwhile(place, monkeypatch):  # noqa: F811
     clock = iter(range(0, 100_000, 40))
     monkeypatch.setattr(run, "write_report", write)
     monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
-    run.distill(load_config("run.yaml"))
+    run.distill(load_config("run.yaml", ["training.eval_strategy=steps", "training.eval_steps=6"]))
     assert seen == ["Under way: step 4 of 6.", "Finished."]
+    before, after = re.findall(r"^(?:before|after), on .* cross-entropy ([\d.]+) nats$", capsys.readouterr().out, re.MULTILINE)
+    assert before != after
+    (row,) = (row for row in read_metrics("out") if row["step"] == 6 and "eval_ce" in row)  # evaluated once
+    assert after == f"{row['eval_ce']:.3f}"
 
 
 def test_paths_in_the_command_are_shortened():
     assert run._shortened("data.train=/home/me/secret/rows.jsonl") == "data.train=rows.jsonl"
     assert run._shortened("teachers={a: /home/me/a, b: ~/models/b}") == "teachers={a: a, b: b}"
+    assert run._shortened("training.hub_token=hf_secret") == "training.hub_token=..."
+    assert run._shortened("training={hub_token: hf_secret, seed: 1}") == "training={hub_token: ..., seed: 1}"
     assert run._shortened("student=owner/model") == "student=owner/model"
     assert run._shortened("runs/mine.yaml") == "runs/mine.yaml"
