@@ -243,8 +243,20 @@ def test_the_examples_for_one_gpu_fit_it(tmp_path, monkeypatch, no_loading, card
         tiny_tokenizer().save_pretrained(place)
     row = json.dumps({"input_ids": [5] * given.data.max_length})
     Path("rows.jsonl").write_text(f"{row}\n" * 16)
-    words = ["student.model=student", "teacher.model=teacher", "data.train=rows.jsonl", "training.max_steps=1", "training.use_cpu=true"]
+    # What is found is remembered by the model's name: here that of a folder of its own.
+    words = [f"{role}.model={tmp_path}/{role}" for role in names]
+    words += ["data.train=rows.jsonl", "training.max_steps=1", "training.use_cpu=true"]
     estimate = predict(setting(*words, path=path))
     assert estimate.rough is None
     assert estimate.tokens == given.data.max_length
     assert 0.5 * card * GB < estimate.gpu < 0.95 * card * GB, str(estimate)
+
+
+def test_what_is_not_modelled_is_said(place):
+    start = setting(device="cpu")
+    assert "not modelled: what malloc keeps" in str(predict(start))
+    assert predict(setting()).notes == ()
+    other = predict(dataclasses.replace(setting(), optim="lomo", shards="FSDP"))
+    assert len(other.notes) == 2
+    assert "FSDP: each process is taken to hold the whole student" in str(other)
+    assert "training.optim lomo: counted as adamw_torch" in str(other)
