@@ -195,15 +195,16 @@ def assert_same_rows(got: dict[str, Tensor | None], expected: dict[str, Tensor |
 
 
 @contextlib.contextmanager
-def device_reads():
-    """Collects the reads of tensors by the host within, as ``(method, shape)``."""
+def device_reads(device: str | None = None):
+    """Collects the reads of tensors (of this type of device alone) by the host within, as ``(method, shape)``."""
     reads: list = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy", "__contains__"):
             original = getattr(torch.Tensor, name)
 
             def counting(self, *args, _name=name, _original=original, **kwargs):
-                reads.append((_name, tuple(self.shape)))
+                if device in (None, self.device.type):
+                    reads.append((_name, tuple(self.shape)))
                 return _original(self, *args, **kwargs)
 
             patch.setattr(torch.Tensor, name, counting)

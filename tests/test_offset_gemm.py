@@ -271,7 +271,7 @@ def test_the_benchmark_runs_on_a_tiny_problem(monkeypatch):
     assert student["ratio"] == pytest.approx(student["ours_ms"] / student["mm_ms"])
     assert {r["logits"]: r["gb_per_s"] > 0 for r in offset_gemm.row_kernels(problem, chunks, rounds=1)}.keys() == chunks.keys()
     for row in offset_gemm.whole(problem, chunks, rounds=1):
-        assert max(row["difference"].values()) < (0.02 if row["logits"] == "16 bits" else 1e-3), row
+        assert max(row["difference"].values()) < (0.02 if row["logits"] == "16 bits" else 2e-3), row
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
