@@ -212,6 +212,7 @@ def _in_a_process(folder: Path, what: str, overrides: list[str], environment: Ma
 
 
 def _one(what: str, *overrides: str) -> dict[str, Any]:
+    from fastkd import run
     from fastkd.begin import begin
     from fastkd.config import load_config
     from fastkd.run import distill, fill_stores
@@ -229,6 +230,7 @@ def _one(what: str, *overrides: str) -> dict[str, Any]:
         import torch
 
         torch.cuda.reset_peak_memory_stats = lambda *_: None  # type: ignore[assignment]  # the trainer's own figures start anew
+        run._save = lambda trainer: None  # type: ignore[assignment]  # gigabytes that nobody reads
         began = time.perf_counter()
         distill(config)
         free, total = torch.cuda.mem_get_info()
