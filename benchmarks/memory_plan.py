@@ -141,7 +141,7 @@ def _on_gpu(argv: list[str] | None, options: argparse.Namespace) -> None:
         if options.headline:
             example = ROOT / "examples" / "one-gpu-80gb.yaml"
             shutil.copy(example, folder / "run.yaml")
-            make_problem(folder, ["llama-7b", "llama-14b"], rows={"train.jsonl": (16, 1000, 1300)})
+            _in_a_process(folder, "make", ["headline"])  # this process is to hold nothing on the GPU
             settings = {
                 example.name: [
                     "student.model=llama-7b", "teacher.model=llama-14b", "training.max_steps=2", "training.report_to=none",
@@ -150,15 +150,16 @@ def _on_gpu(argv: list[str] | None, options: argparse.Namespace) -> None:
                 ]
             }  # fmt: skip
         else:
-            make_problem(folder, ["llama-0.5b", "llama-1.5b"], rows={"long.jsonl": (32, 300, 500)}, base=GPU_BASE)
+            _in_a_process(folder, "make", [])
         settings = {name: words for name, words in settings.items() if not options.only or options.only in name}
+        for overrides in settings.values():  # whether a store is full is part of what is predicted
+            if any(word.startswith("store=") for word in overrides):
+                _in_a_process(folder, "fill", overrides)
         pool = ThreadPoolExecutor(6)
         predicted = list(pool.map(lambda words: _in_a_process(folder, "predict-cuda", words), settings.values()))
         for (name, overrides), found in zip(settings.items(), predicted, strict=True):
             row: dict[str, Any] = {"setting": name, "overrides": overrides, "predicted": found["gpu_bytes"], "peak": found["peak"]}
             try:
-                if any(word.startswith("store=") for word in overrides):
-                    _in_a_process(folder, "fill", overrides)
                 row |= _in_a_process(folder, "measure-cuda", overrides)
                 row["measured"] = row["reserved"] + row["context"]
                 row["error"] = row["predicted"] / row["measured"] - 1
@@ -212,6 +213,12 @@ def _in_a_process(folder: Path, what: str, overrides: list[str], environment: Ma
 
 
 def _one(what: str, *overrides: str) -> dict[str, Any]:
+    if what == "make":
+        if "headline" in overrides:
+            make_problem(Path(), ["llama-7b", "llama-14b"], rows={"train.jsonl": (16, 1000, 1300)})
+        else:
+            make_problem(Path(), ["llama-0.5b", "llama-1.5b"], rows={"long.jsonl": (32, 300, 500)}, base=GPU_BASE)
+        return {}
     from fastkd import run
     from fastkd.begin import begin
     from fastkd.config import load_config

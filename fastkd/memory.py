@@ -33,7 +33,7 @@ GB = 1 << 30
 # Estimates: no GPU was measured.
 CUDA_CONTEXT = 700 << 20  # context and kernels, workspaces of cuBLAS
 CUDA_HOST = 2 << 30  # what CUDA's libraries take of the host's memory
-FRAGMENTATION = 0.05  # of what comes and goes: activations, gradients, buffers
+FRAGMENTATION = 0.10  # of what comes and goes: activations, gradients, buffers
 CPU_LIBRARIES = 40 << 20  # what the first steps bring in on a CPU that planning does not
 
 # Bytes of state for a parameter of 4 bytes and one of 2, and temporaries of the step in parameters, of the largest tensor or of all of
