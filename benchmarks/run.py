@@ -213,7 +213,7 @@ def stamp(argv: list[str] | None, device: str, script: str = "benchmarks/run.py"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join([script, *(sys.argv[1:] if argv is None else argv)]),
-        "commit": git("rev-parse", "HEAD") or os.environ.get("FASTKD_COMMIT"),  # of a copy without its history
+        "commit": os.environ.get("FASTKD_COMMIT") or git("rev-parse", "HEAD"),  # the variable is for a copy with another history, or none
         "dirty": None if changes is None else bool(changes),
         "hardware": {
             "cpu": _cpu_name(),

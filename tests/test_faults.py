@@ -1,6 +1,7 @@
 """Kills, damage, full disks, and what may change between two starts of a run: the same end, or one line that says why not."""
 
 import contextlib
+import io
 import json
 import re
 import resource
@@ -40,8 +41,8 @@ def cut_off(folder: Path, *words: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(KDTrainer, "training_step", step)
-        with pytest.raises(KeyboardInterrupt):
-            main(list(words))
+        with contextlib.redirect_stderr(io.StringIO()):
+            assert main(list(words)) == 130  # interrupted
 
 
 @pytest.fixture(scope="module")
@@ -360,9 +361,7 @@ def exchange_words(*models: str) -> None:
 
 def test_another_tokenizer_than_the_teachers_is_refused(place, capsys):
     exchange_words("student")
-    assert re.search("difficulty: cut/difficulty.parquet: .*data is", fails(capsys, *RESUME))
-    Path("cut/difficulty.parquet").unlink()
-    assert "teachers.weak: " in fails(capsys, *RESUME)
+    assert "teachers.weak: the tokenizers differ" in fails(capsys, *RESUME)
 
 
 def test_another_tokenizer_than_before_is_refused(place, capsys):
@@ -393,7 +392,7 @@ def test_scores_that_were_edited_are_refused(place, capsys):
 
 def test_damaged_scores_are_refused(place, capsys):
     truncate(Path("cut/difficulty.parquet"))
-    assert "difficulty: cut/difficulty.parquet: not a readable Parquet file" in fails(capsys, *RESUME)
+    assert "difficulty.path: cut/difficulty.parquet: not a readable Parquet file" in fails(capsys, *RESUME)
 
 
 def test_a_flipped_bit_in_the_scores_is_found(place, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -171,8 +172,11 @@ def test_a_mistake_of_another_process_is_said_with_its_number(monkeypatch, capsy
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(fastkd.cli, "_PATIENCE", 0.0)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # which the command replaces
-    with pytest.raises(SystemExit):
-        fastkd.cli.main(["plan", str(tmp_path / "no.yaml")])
+    try:
+        with pytest.raises(SystemExit):
+            fastkd.cli.main(["plan", str(tmp_path / "no.yaml")])
+    finally:
+        logging.getLogger("fastkd").setLevel(logging.NOTSET)  # which the command raises
     error = capsys.readouterr().err
     assert error.startswith("fastkd: process 3: ")
     assert "no such file" in error

@@ -159,7 +159,7 @@ def test_what_has_changed_since_it_was_copied_travels_again(moves):
 
 
 def test_nothing_is_offloaded_from_a_cpu_and_that_is_said(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
         first_step(tmp_path, activation_offloading=True)
     assert sum("activation_offloading: has no effect" in r.message for r in caplog.records) == 1
     offloaded = levers.Offloaded(tiny_llama(1))
@@ -242,7 +242,7 @@ def test_a_run_with_liger_is_the_run_without(liger, tmp_path):
 
 def test_families_that_liger_does_not_know_stay_as_they_are(liger, caplog):
     model = gpt2_with_dropout()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
         assert not levers.apply_liger(model, levers.liger_config(None), "the teacher 'old'")
     assert [r.message for r in caplog.records if "Liger has no kernels for the teacher 'old'" in r.message and "gpt2" in r.message]
     assert "Liger" not in repr(model)
@@ -265,7 +265,7 @@ def test_a_liger_that_does_not_fit_is_one_line(liger, monkeypatch):
 
 def test_teachers_that_liger_leaves_alone(liger, tmp_path, caplog):
     kernels = levers.liger_config(None)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="fastkd"):
         Teachers({"mine": tiny_llama(2)}, device="cpu", liger=kernels)
     assert "the teacher mine was given as a module" in caplog.text
     tiny_llama(2, layers=1).save_pretrained(tmp_path)
@@ -369,7 +369,7 @@ def test_the_measured_peak_stays_within_the_buffer():
 
 def test_a_buffer_in_mb_changes_no_gradient(tmp_path, caplog):
     _, expected = first_step(tmp_path / "plain")
-    with mock.patch.object(ops, "kd", wraps=ops.kd) as fused, caplog.at_level(logging.WARNING):
+    with mock.patch.object(ops, "kd", wraps=ops.kd) as fused, caplog.at_level(logging.WARNING, logger="fastkd"):
         run, found = first_step(tmp_path / "small", max_loss_buffer_mb=4 * 2 * VOCABULARY * 3.5 / 2**20)
     assert {call.args[15] for call in fused.call_args_list} == {3}, "three tokens at a time"
     for name, value in expected.items():
