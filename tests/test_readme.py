@@ -97,3 +97,38 @@ def test_the_random_cases_that_were_run_had_no_failure():
     report = json.loads((ROOT / "benchmarks" / "results" / "random-cases.json").read_text())
     assert report["cases"] == 10_000
     assert not report["failures"]
+
+
+def test_figures_of_the_gpu_come_from_its_file():
+    import json
+
+    section = TEXT.split("## Measured")[1].split("**Exactness**")[0]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "loss-nvidia-h100-80gb-hbm3.json").read_text())["rows"]
+    known = {(r["provider"], r["shape"], r["divergence"]): r for r in rows if "ratio" in r and not r.get("setting")}
+    table = re.findall(r"^\| ([\w .-]+?) \| ([^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*) \|$", section, re.M)
+    table = [cells for cells in table if (cells[0], "B", "forward_kl") in known]
+    assert len(table) >= 7
+    for provider, *cells in table:
+        for (shape, divergence), cell in zip(
+            (("A", "forward_kl"), ("B", "forward_kl"), ("C", "forward_kl"), ("B", "jsd")), cells, strict=False
+        ):
+            row = known.get((provider, shape, divergence))
+            assert cell == ("-" if row is None else f"{row['ratio']:.2f}"), (provider, shape, divergence)
+        row = known[provider, "B", "forward_kl"]
+        assert cells[4] == f"{row['peak_mb']:.0f}"
+        assert float(cells[5]) == float(f"{100 * row['error']['d_weight']:.2g}")
+
+
+def test_figures_of_memory_come_from_their_files():
+    import json
+
+    def rows(name: str) -> list[dict]:
+        return json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+
+    gpu = rows("memory-gpu.json")
+    near = [row for row in gpu if abs(row["error"]) < 0.09]
+    assert (len(gpu), len(near)) == (12, 11)
+    assert "12 settings" in TEXT
+    assert "11 were within 9 %" in TEXT
+    (example,) = rows("memory-gpu-headline.json")
+    assert f"{example['predicted'] / 1e9:.1f} GB (10^9 bytes) predicted, {example['measured'] / 1e9:.1f} measured" in TEXT
