@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Proposal", "describe", "proposals"]
 
-# Estimates, as no GPU was measured.
+# Estimates.
 GPU_FLOPS = 200e12  # a second, of 16-bit products, as reached in training
 CPU_FLOPS = 0.5e12
 BUS_BYTES = 20e9  # a second, between host and GPU

@@ -115,7 +115,7 @@ def test_figures_of_the_gpu_come_from_its_file():
             row = known.get((provider, shape, divergence))
             assert cell == ("-" if row is None else f"{row['ratio']:.2f}"), (provider, shape, divergence)
         row = known[provider, "B", "forward_kl"]
-        assert cells[4] == f"{row['peak_mb']:.0f}"
+        assert cells[4] == f"{row['peak_extra_bytes'] / 1e6:.0f}"
         assert float(cells[5]) == float(f"{100 * row['error']['d_weight']:.2g}")
 
 
