@@ -274,7 +274,6 @@ def test_no_room_for_a_shard(place, capsys, limit):
     [
         ("plan.fractions=[0.2, 0.4, 0.4]", "plan.fractions"),
         ("seed=1", "seed was 0, now it is 1"),
-        ("training.per_device_train_batch_size=4", "per_device_train_batch_size was 2, now it is 4"),
         ("training.learning_rate=1e-3", "learning_rate was 0.003, now it is 0.001"),
         ("loss.divergence=reverse_kl", "loss.divergence was 'forward_kl', now it is 'reverse_kl'"),
     ],
@@ -285,6 +284,12 @@ def test_another_configuration_is_refused(place, capsys, change, expected):
     assert expected in line
     assert main(list(RESUME)) == 0
     ends_equal()
+
+
+def test_a_batch_may_be_split_otherwise_but_not_be_another(place, capsys):
+    line = fails(capsys, *RESUME, "training.per_device_train_batch_size=4")
+    assert "cut/checkpoint-9 is of another run: batch_size was 4, now it is 8" in line
+    assert main([*RESUME, "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=1"]) == 0
 
 
 def overwrite(name: str) -> None:
