@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     report = stamp(argv, "cpu", "benchmarks/memory_plan.py")
     report["rows"] = []
     with tempfile.TemporaryDirectory() as folder:
-        make_problem(Path(folder), [name for name in MODELS if name not in ("llama-0.5b", "llama-1.5b")])
+        make_problem(Path(folder), ["llama-60m", "llama-100m", "llama-70m", "gpt2-70m"])
         chosen = {name: overrides for name, overrides in SETTINGS.items() if not options.only or options.only in name}
         pool = ThreadPoolExecutor(options.jobs)  # what a process has resident does not depend on its neighbours
         for name, found in zip(chosen, pool.map(lambda overrides: compare(Path(folder), overrides), chosen.values()), strict=True):
@@ -252,9 +252,6 @@ def _one(what: str, *overrides: str) -> dict[str, Any]:
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
     return {"peak": int(peak[1]) * 1024}
-
-
-MODELS = ("llama-60m", "llama-100m", "llama-70m", "gpt2-70m", "llama-0.5b", "llama-1.5b", "llama-7b", "llama-14b")
 
 
 def make_problem(
