@@ -125,6 +125,12 @@ def test_figures_of_memory_come_from_their_files():
     def rows(name: str) -> list[dict]:
         return json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
 
+    cpu = rows("memory-cpu.json")
+    assert len(cpu) == 11
+    assert max(abs(row["error"]) for row in cpu) < 0.02
+    assert f"{max(row['default_malloc'] / row['measured'] - 1 for row in cpu):.0%}" == "20%"
+    assert "within 2 % of the peak resident memory of 11 runs" in TEXT
+    assert "keeps up to 20 % more" in TEXT
     gpu = rows("memory-gpu.json")
     near = [row for row in gpu if abs(row["error"]) < 0.09]
     assert (len(gpu), len(near)) == (12, 11)
