@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import adapted, lora_config
 from .arguments import KDConfig
-from .config import ConfigError, DataSpec, LossSpec, ModelSpec, RunConfig
+from .config import ConfigError, DataSpec, LossSpec, ModelSpec, RunConfig, teacher_key
 from .data import load_rows
 from .models import load_model, load_tokenizer, outline, quantized_by
 from .pacing import filled_plan, sample_table, schedule_for
@@ -85,8 +85,8 @@ def begin(config: RunConfig, *, elsewhere: bool = False) -> Run:
 def _check_models(config: RunConfig) -> None:
     """Refuse quantisations and an adapter that cannot be had."""
     named = {"student": config.student, "difficulty.scorer": config.difficulty.scorer}
-    one = list(config.teachers) == ["teacher"]
-    for key, spec in {**named, **{name if one else f"teachers.{name}": spec for name, spec in config.teachers.items()}}.items():
+    named |= {teacher_key(config.teachers, name): spec for name, spec in config.teachers.items()}
+    for key, spec in named.items():
         if spec is not None and spec.quantization is not None:
             with blamed(config, f"{key}.quantization"):
                 quantized_by(spec.quantization)
@@ -197,7 +197,7 @@ def blamed(config: RunConfig, key: str) -> Iterator[None]:
         if named and key.endswith(named[1]):
             text = text[named.end() :]
         if teacher:
-            key, text = "teacher" if list(config.teachers) == ["teacher"] else f"teachers.{teacher[1]}", text[teacher.end() :]
+            key, text = teacher_key(config.teachers, teacher[1]), text[teacher.end() :]
         raise ConfigError(f"{config.path}: {key}: {text}") from error
 
 

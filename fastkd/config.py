@@ -30,7 +30,18 @@ from .yaml_file import (
     whole,
 )
 
-__all__ = ["EXAMPLE", "ConfigError", "DataSpec", "DifficultySpec", "LossSpec", "ModelSpec", "RunConfig", "StoreSpec", "load_config"]
+__all__ = [
+    "EXAMPLE",
+    "ConfigError",
+    "DataSpec",
+    "DifficultySpec",
+    "LossSpec",
+    "ModelSpec",
+    "RunConfig",
+    "StoreSpec",
+    "load_config",
+    "teacher_key",
+]
 
 EXAMPLE = Path(__file__).with_name("example.yaml").read_text(encoding="utf-8")
 """A commented configuration with every key."""
@@ -169,6 +180,11 @@ class RunConfig:
         """The same as plain values that JSON can hold."""
         plan = {"plan": None if self.plan is None else self.plan.to_dict()}
         return json.loads(json.dumps({**dataclasses.asdict(dataclasses.replace(self, plan=None)), **plan}, default=str))
+
+
+def teacher_key(teachers: Iterable[str], name: str) -> str:
+    """The key in the file of the teacher ``name``, one of ``teachers``."""
+    return "teacher" if list(teachers) == ["teacher"] else f"teachers.{name}"
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> RunConfig:

@@ -33,7 +33,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .begin import Run, begin, described, load_spec, options_of, place_of, same_model, teacher_sources
-from .config import ConfigError, ModelSpec, RunConfig
+from .config import ConfigError, ModelSpec, RunConfig, teacher_key
 from .data import IGNORE, KDCollator, load_rows, tokenize
 from .evaluation import token_metrics
 from .findings import Finding, count, error, listed, ok, refusal, size, text_of, warning
@@ -129,7 +129,7 @@ class _Case:
 
     def key(self, teacher: str) -> str:
         """The teacher's key in the file."""
-        return "teacher" if list(self.config.teachers) == ["teacher"] else f"teachers.{teacher}"
+        return teacher_key(self.config.teachers, teacher)
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .config import teacher_key
 from .memory import CUDA_HOST, GB, MemoryEstimate, Prediction, Setting, padding, predict, setting_of
 from .plan import Schedule
 
@@ -90,8 +91,7 @@ def _teachers_with(setting: Setting, **changes: Any) -> Setting:
 
 
 def _teacher_keys(setting: Setting, key: str, value: str) -> str:
-    place = "teacher" if list(setting.teachers) == ["teacher"] else None
-    return " ".join(f"{place or f'teachers.{name}'}.{key}={value}" for name in setting.teachers)
+    return " ".join(f"{teacher_key(setting.teachers, name)}.{key}={value}" for name in setting.teachers)
 
 
 def _halved(setting: Setting) -> Setting:

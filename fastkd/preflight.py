@@ -8,7 +8,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from . import difficulty
 from .begin import Run, blamed, options_of, place_of
-from .config import ConfigError, ModelSpec
+from .config import ConfigError, ModelSpec, teacher_key
 from .models import check_layers, check_tokenizers, load_tokenizer, model_files, outline
 from .pacing import teacher_of
 from .plan import Stage, knob_ends
@@ -51,7 +51,7 @@ def _models(run: Run, *, scores: bool, trains: bool) -> Iterator[tuple[str, Mode
     if scores and scorer is not None:
         yield "difficulty.scorer", scorer
     for name, spec in config.teachers.items() if trains else ():
-        yield name if list(config.teachers) == ["teacher"] else f"teachers.{name}", spec
+        yield teacher_key(config.teachers, name), spec
 
 
 def _check_model(run: Run, key: str, spec: ModelSpec, here: bool) -> None:

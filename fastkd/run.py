@@ -20,13 +20,12 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from . import checkpoints, difficulty
 from .adapters import is_adapted, lora_config
-from .begin import Run, begin, blamed, described, load_spec, place_of, same_model, teacher_sources
+from .begin import Run, begin, blamed, described, load_spec, same_model, teacher_sources
 from .config import ConfigError, ModelSpec, RunConfig
 from .files import flat, write_whole
 from .fitting import describe
 from .hf import is_sharded
 from .model_card import CardFacts, public_name, versions
-from .models import check_tokenizers, load_tokenizer
 from .plan import Schedule, difference
 from .preflight import check_before_loading
 from .preview import preview
@@ -158,12 +157,9 @@ def _score(run: Run, student: PreTrainedModel | None) -> Any:
     """Columns by sample id, in the file as well; what is there already is not computed again."""
     config, spec = run.config, run.config.difficulty
     signal = f"column:{spec.column}" if spec.column is not None else spec.signal
-    if config.data.packing and signal not in ("loss", "length"):
-        raise ConfigError(f"{config.path}: difficulty.signal: {signal} is a property of rows, and data.packing joins them; use loss")
     scorer: Any = student
     if spec.scorer is not None:
         with blamed(config, "difficulty.scorer"):
-            check_tokenizers(run.tokenizer, load_tokenizer(spec.scorer.model, **place_of(spec.scorer)), "scorer")
             scorer = load_spec(spec.scorer, None, run.args.device)
     if scorer is not None:
         scorer.to(run.args.device)
